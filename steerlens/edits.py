@@ -1,0 +1,113 @@
+"""The closed vocabulary of edits. Methods compose them, backends carry them out; neither knows the other.
+
+An edit says *which query heads*, *which keys*, *which query rows* and *which law*. Keys are symbolic here
+and become key columns of a concrete forward in `steerlens.passes`.
+
+Rows: with P prompt tokens, the prompt rows are 0..P-1, and the decode rows, those that produce generated tokens,
+are P-1 (the last real prompt row) and every later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["all", "prefill", "decode", "prompt"]
+"""`all` rows; `decode` rows; `prefill`: those before the decode rows; `prompt`: every prompt row."""
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """The first real (non-pad) token of each row."""
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """Every prompt token, in rows that have at least `sections` sections of `group` (0: in every row)."""
+
+    group: str = "emphasis"
+    sections: int = 0
+
+
+@dataclass(frozen=True)
+class SpanKeys:
+    """The tokens of a span group, or of its `section`-th range alone."""
+
+    group: str
+    section: int | None = None
+
+
+@dataclass(frozen=True)
+class OutsideSpan:
+    """Prompt tokens outside `SpanKeys(group, section)`; no key at all in a row without such a section."""
+
+    group: str
+    section: int | None = None
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Keys whose column mean over the prompt rows that see them exceeds a threshold; found per row and head.
+
+    Attributes:
+        threshold: attention probability, or with `relative` a multiple of 1/N, N real prompt keys.
+        spare: leave out the `first_token`, or the `first_sink` found (as the published ACT code does).
+        running: renew the column means with every decode row instead of freezing the set after the prompt.
+    """
+
+    threshold: float
+    relative: bool = False
+    spare: Literal["first_token", "first_sink"] = "first_token"
+    running: bool = False
+
+
+Keys = FirstToken | PromptKeys | SpanKeys | OutsideSpan | Sinks
+
+
+@dataclass(frozen=True)
+class Scale:
+    """ψ' = wψ / (1 + (w-1)ψ): weights times w, renormalised; equal to adding `log_weight` = log w to the logits."""
+
+    log_weight: float
+
+
+@dataclass(frozen=True)
+class Keep:
+    """ψ' = βψ: keep the `fraction` β of the mass; the rest goes to the other keys in proportion to their weights."""
+
+    fraction: float
+
+
+Law = Scale | Keep
+
+
+@dataclass(frozen=True)
+class Reweight:
+    """Move attention mass onto or off `keys` by `law`.
+
+    Attributes:
+        heads: query heads of the layer.
+        batch: prompt rows it applies to; `None` for all.
+    """
+
+    heads: tuple[int, ...]
+    keys: Keys
+    law: Law
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Replace a head's output by the mean of V over the visible keys (`uniform`) or by zeros (`zero`)."""
+
+    heads: tuple[int, ...]
+    mode: Literal["uniform", "zero"]
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Edit = Reweight | Ablate
+Plan = Mapping[int, tuple[Edit, ...]]
+"""`{layer: edits in order}`; a layer without edits is absent."""

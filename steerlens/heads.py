@@ -1,0 +1,167 @@
+"""Head sets: which query heads of which layers. Written as `"all"`, `{3: [17, 7]}`, `"3:17,7;8:*"` or `"scores.json:top20"`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerlens.errors import HeadError
+
+if TYPE_CHECKING:
+    from steerlens.facts import ModelFacts
+
+_FILE = re.compile(r"^(?P<path>.+\.json)(?::top(?P<top>\d+))?$")
+_GRAMMAR = '"all", {layer: [heads]}, "3:17,7;8:*" (layer:heads, "*" for every one, "a-b" for a range) or "scores.json:top20"'
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A set of query heads, before it meets a model.
+
+    Attributes:
+        table: `None` for every head of every layer, else `(layer, heads)` pairs in layer order, where `heads` is a
+            sorted tuple of query-head indices or `None` for every head of that layer; layer `-1` stands for every layer.
+    """
+
+    table: tuple[tuple[int, tuple[int, ...] | None], ...] | None
+
+    @classmethod
+    def parse(cls, spec: object) -> Heads:
+        """Read a head specification.
+
+        Args:
+            spec: `Heads`, `"all"`, `{layer: [query heads] | "*"}`, `"3:17,7;8:*"`, or a file: `"lists.json"` holding
+                `{layer: [heads]}`, `"scores.json:top20"` holding `{"layer-head": score or [scores]}`.
+
+        Raises:
+            HeadError: if it cannot be read.
+        """
+        if isinstance(spec, Heads):
+            return spec
+        if isinstance(spec, Mapping):
+            return cls._from_mapping(spec)
+        if isinstance(spec, str):
+            if spec.strip().lower() in ("all", "*"):
+                return cls(None)
+            if found := _FILE.match(spec.strip()):
+                return cls._from_file(Path(found["path"]), int(found["top"]) if found["top"] else None)
+            return cls._from_text(spec)
+        raise HeadError(f"heads: {spec!r} is not a head specification; allowed: {_GRAMMAR}")
+
+    @classmethod
+    def _from_mapping(cls, spec: Mapping[object, object]) -> Heads:
+        table: dict[int, tuple[int, ...] | None] = {}
+        for key, value in spec.items():
+            if isinstance(key, bool) or not re.fullmatch(r"-?\d+", str(key)) or int(str(key)) < 0:
+                raise HeadError(f"heads: layer {key!r} is not an index >= 0; allowed: {_GRAMMAR}")
+            if value in ("*", "all"):
+                table[int(str(key))] = None
+                continue
+            if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+                raise HeadError(f"heads: layer {key}: {value!r} is neither a list of query heads nor '*'")
+            heads = list(value)
+            for head in heads:
+                if isinstance(head, bool) or not isinstance(head, int) or head < 0:
+                    raise HeadError(f"heads: layer {key}: head {head!r} is not an index >= 0")
+            if heads:
+                table[int(str(key))] = tuple(sorted(set(heads)))
+        return cls(tuple(sorted(table.items(), key=lambda item: item[0])))
+
+    @classmethod
+    def _from_text(cls, spec: str) -> Heads:
+        table: dict[int, set[int] | None] = {}
+        for part in filter(None, (p.strip() for p in spec.split(";"))):
+            layers, colon, heads = part.partition(":")
+            if not colon:
+                raise HeadError(f"heads: {part!r} in {spec!r} has no ':'; allowed: {_GRAMMAR}")
+            for layer in [-1] if layers.strip() == "*" else _indices(layers, spec):
+                if heads.strip() == "*":
+                    table[layer] = None
+                elif (known := table.setdefault(layer, set())) is not None:
+                    known.update(_indices(heads, spec))
+        return cls(tuple((k, None if v is None else tuple(sorted(v))) for k, v in sorted(table.items())))
+
+    @classmethod
+    def _from_file(cls, path: Path, top: int | None) -> Heads:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise HeadError(f"heads: cannot read {path}: {error}") from error
+        if not isinstance(data, dict):
+            raise HeadError(f"heads: {path} holds a {type(data).__name__}; a JSON object is needed")
+        data = data.get("scores", data)
+        if top is None:
+            if any("-" in str(key) for key in data):
+                raise HeadError(f"heads: {path} holds scores; say how many, for example '{path}:top20'")
+            return cls._from_mapping(data)
+        ranked = rank(data, str(path))
+        if top > len(ranked):
+            raise HeadError(f"heads: {path}:top{top} asks for more heads than the {len(ranked)} it scores")
+        table: dict[int, list[int]] = {}
+        for layer, head in ranked[:top]:
+            table.setdefault(layer, []).append(head)
+        return cls._from_mapping(table)
+
+    def resolve(self, facts: ModelFacts) -> dict[int, tuple[int, ...]]:
+        """`{layer: query heads}` on a model; raises `HeadError` naming the limit if a layer or head is out of range."""
+        table = self.table if self.table is not None else ((-1, None),)
+        resolved: dict[int, set[int]] = {}
+        for layer, heads in table:
+            if layer >= facts.layers:
+                raise HeadError(f"heads: layer {layer} is out of range; {facts.name} has layers 0..{facts.layers - 1}")
+            for index in range(facts.layers) if layer == -1 else (layer,):
+                limit = facts.heads[index]
+                if heads and heads[-1] >= limit:
+                    raise HeadError(
+                        f"heads: head {heads[-1]} of layer {index} is out of range; "
+                        f"{facts.name} has query heads 0..{limit - 1} there"
+                    )
+                resolved.setdefault(index, set()).update(range(limit) if heads is None else heads)
+        return {layer: tuple(sorted(found)) for layer, found in sorted(resolved.items()) if found}
+
+    def to_json(self) -> str | dict[int, list[int] | str]:
+        """The plainest form that `parse` reads back."""
+        if self.table is None:
+            return "all"
+        if any(layer == -1 for layer, _ in self.table):
+            return str(self)
+        return {layer: "*" if heads is None else list(heads) for layer, heads in self.table}
+
+    def __str__(self) -> str:
+        if self.table is None:
+            return "all"
+        return ";".join(
+            f"{'*' if layer == -1 else layer}:{'*' if heads is None else ','.join(map(str, heads))}"
+            for layer, heads in self.table
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether no head is named."""
+        return self.table is not None and not any(heads is None or heads for _, heads in self.table)
+
+
+def rank(scores: Mapping[str, object], source: str = "scores") -> list[tuple[int, int]]:
+    """(layer, head) pairs of `{"layer-head": score or [scores]}` by descending mean score, ties by index."""
+    means: list[tuple[float, int, int]] = []
+    for key, value in scores.items():
+        found = re.fullmatch(r"(\d+)-(\d+)", str(key))
+        values = value if isinstance(value, list) else [value]
+        if not found or not values or not all(isinstance(v, (int, float)) for v in values):
+            raise HeadError(f"heads: {source}: {key!r}: {value!r} is not '\"layer-head\": score or [scores]'")
+        means.append((-sum(values) / len(values), int(found[1]), int(found[2])))
+    return [(layer, head) for _, layer, head in sorted(means)]
+
+
+def _indices(text: str, spec: str) -> list[int]:
+    indices: list[int] = []
+    for item in (i.strip() for i in text.split(",")):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        if not found:
+            raise HeadError(f"heads: {item!r} in {spec!r} is not an index; allowed: {_GRAMMAR}")
+        indices.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return indices
