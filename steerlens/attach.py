@@ -1,0 +1,332 @@
+"""`steer`: put methods on a model, take them off again."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from steerlens import backends
+from steerlens.backends import reference
+from steerlens.backends.call import Bias, Call
+from steerlens.edits import Plan, Reweight
+from steerlens.engine import Engine, Scope
+from steerlens.errors import MethodError, SpanError, SteeringStateError, UnsupportedError
+from steerlens.lower import Placed
+from steerlens.methods.base import DecodingMethod, EditMethod, Method, PerRow, PromptMethod
+from steerlens.passes import Pass
+from steerlens.spans import Spans
+
+
+def steer(
+    model: Any, methods: Any, spans: Any = None, *, backend: str = "auto", report: str | None = None,
+    prompt_lengths: int | Sequence[int] | None = None,
+) -> Steering:
+    """Steer a model's attention; use as a context manager, or call `attach()` and `detach()`.
+
+    Args:
+        model: a transformers decoder model (with or without its head). It is changed in place and as it was on exit.
+        methods: a method, a list of methods in order of composition, or a recipe.
+        spans: `Spans` from `encode`, or per prompt row a list of (start, stop) token ranges in padded columns.
+        backend: `auto`, `reference`, `sdpa` or `triton`; a named one never falls back.
+        report: `"mass"` adds to `report()` the mean change of attention mass per head on the keys that were edited.
+        prompt_lengths: real tokens of each row that are prompt, where a bare forward holds a continuation too.
+
+    Raises:
+        MethodError, HeadError, SpanError: if methods, heads or spans do not fit the model or each other.
+        UnsupportedError: if this model cannot be steered exactly.
+    """
+    return Steering(model, methods, spans, backend=backend, report=report, prompt_lengths=prompt_lengths)
+
+
+class Steering:
+    """Methods on a model. `with steer(…) as steered:` attaches on entry and detaches on exit, by exception too."""
+
+    def __init__(self, model: Any, methods: Any, spans: Any, *, backend: str, report: str | None,
+                 prompt_lengths: int | Sequence[int] | None) -> None:
+        self.model = unwrap(model)
+        base = getattr(self.model, "base_model", None)
+        if not isinstance(base, torch.nn.Module):
+            raise UnsupportedError(f"{type(model).__name__} is not a transformers model")
+        self._engine = Engine.of(base)
+        facts = self._engine.facts
+        if hasattr(methods, "check") and hasattr(methods, "methods"):
+            methods.check(facts)
+        self.methods = _methods(methods)
+        self.spans = None if spans is None else Spans.of(spans)
+        self.backend = backends.check(backend)
+        if report not in (None, "mass"):
+            raise ValueError(f"report={report!r} is unknown; allowed: None, 'mass'")
+        lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
+        self.prompt_lengths = None if lengths is None else tuple(int(n) for n in lengths)
+        if self.prompt_lengths is not None and min(self.prompt_lengths, default=0) < 1:
+            raise ValueError(f"prompt_lengths={prompt_lengths!r}; allowed: one number of tokens >= 1 per prompt row")
+        self._report_mass = report == "mass"
+        self._mass: dict[int, list[torch.Tensor]] = {}
+        self._calls: dict[int, tuple[int, int]] = {}
+        self._inside = False
+        self.prompt_rows = self._count_rows()
+        self.plan: dict[int, Any] = {}
+        self.placed: dict[int, list[Placed]] = {}
+        self._place(facts)
+
+    def _place(self, facts: Any) -> None:
+        for number, method in enumerate(self.methods):
+            if not isinstance(method, EditMethod):
+                continue
+            if self.spans is None and method.needs:
+                raise SpanError(f"{method.name} needs spans for {', '.join(method.needs)}: pass spans= from steerlens.encode")
+            plan: Plan = method.plan(facts, self.spans)
+            for layer, edits in plan.items():
+                for place, edit in enumerate(edits):
+                    key = (id(self), layer, number, place)
+                    self.placed.setdefault(layer, []).append(Placed(edit, self.spans, key, self.prompt_rows))
+        self.plan = {layer: tuple(p.edit for p in items) for layer, items in sorted(self.placed.items())}
+
+    def _count_rows(self) -> int | None:
+        counts = {len(m.methods) for m in self.methods if isinstance(m, PerRow)}
+        if self.spans is not None and self.spans.groups:
+            counts.add(self.spans.rows)
+        if len(counts) > 1:
+            raise SpanError(f"spans and PerRow disagree on the number of prompt rows: {sorted(counts)}")
+        return next(iter(counts), None)
+
+    # --- on and off --------------------------------------------------------------------------------------------------
+
+    def attach(self) -> Self:
+        """Start steering.
+
+        Raises:
+            SteeringStateError: if attached already, from a second thread, or with another backend than one in force.
+        """
+        engine = self._engine = Engine.of(self._engine.base)
+        if self in engine.contexts:
+            raise SteeringStateError(f"{self.describe()} is attached already")
+        if engine.contexts and engine.thread != threading.get_ident():
+            raise SteeringStateError(
+                f"{engine.describe()} was attached by another thread; attach and run one model from one thread"
+            )
+        named = {c.backend for c in engine.contexts if c.backend != "auto"} | {self.backend} - {"auto"}
+        if len(named) > 1:
+            raise SteeringStateError(f"contexts on one model name different backends: {', '.join(sorted(named))}")
+        if not self.plan and all(isinstance(m, EditMethod) for m in self.methods):
+            self._neutral = True
+            return self
+        self._neutral = False
+        engine.thread = threading.get_ident()
+        engine.contexts.append(self)
+        try:
+            engine.update()
+            _wrap(self.model, engine)
+        except BaseException:
+            self.detach()
+            raise
+        self._start = {layer: (site.calls, site.rows) for layer, site in engine.sites.items()}
+        return self
+
+    _neutral = False
+
+    def detach(self) -> None:
+        """Stop steering; harmless when not attached. Contexts may be left in any order."""
+        engine = self._engine
+        if self not in engine.contexts:
+            return
+        self._calls = self._counts()
+        engine.contexts.remove(self)
+        engine.update()
+        for prompt in [p for _, p in engine.prompts.values()]:
+            for key in [k for k in prompt.sinks if isinstance(k, tuple) and k[0] == id(self)]:
+                del prompt.sinks[key]
+        if not engine.contexts:
+            _unwrap_methods(self.model)
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def describe(self) -> str:
+        """The context, for messages: `steer(llama, pasta)`."""
+        return f"steer({self._engine.facts.name}, {' + '.join(m.name for m in self.methods) or 'nothing'})"
+
+    # --- what happened -----------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[int, dict[str, Any]]:
+        """Per steered layer the attention `calls` and query `rows` (summed over the batch).
+
+        With `report="mass"` also `delta_mass`: fp32 [H], mean change of the attention mass on the edited keys, over
+        the real query rows; 0 for heads that were not edited.
+        """
+        counts = self._counts() if self in self._engine.contexts else self._calls
+        found: dict[int, dict[str, Any]] = {}
+        for layer, (calls, rows) in sorted(counts.items()):
+            found[layer] = {"calls": calls, "rows": rows}
+            if layer in self._mass:
+                total, count = self._mass[layer]
+                found[layer]["delta_mass"] = (total / count.clamp(min=1)).cpu()
+        return found
+
+    def _counts(self) -> dict[int, tuple[int, int]]:
+        sites = self._engine.sites
+        start = {layer: self._start.get(layer, (0, 0)) for layer in self.plan}
+        return {n: (sites[n].calls - start[n][0], sites[n].rows - start[n][1]) for n in self.plan if n in sites}
+
+    def observe(self, layer: int, call: Call, now: Pass) -> None:
+        """Accumulate the change of mass of one attention call, on the device and without synchronising."""
+        if not self._report_mass or not any(isinstance(p.edit, Reweight) for p in self.placed.get(layer, ())):
+            return
+        edits = reference.resolve(call)
+        H, Tk = call.query.shape[1], call.key.shape[2]
+        edited = torch.zeros(call.query.shape[0], H, Tk, dtype=torch.bool, device=call.query.device)
+        for edit in edits:
+            if isinstance(edit, Bias):
+                edited |= edit.keys[:, None] & (edit.weights != 0).any(-1)[..., None]
+            elif isinstance(edit, reference.Kept):
+                edited[:, edit.edit.heads] |= edit.keys
+        total, count = self._mass.setdefault(
+            layer, [torch.zeros(H, device=call.query.device), torch.zeros((), device=call.query.device)]
+        )
+        real = now.real_rows()
+        for rows in reference.blocks(call):
+            change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)
+            moved = (change * edited[:, :, None]).sum(-1)
+            counted = torch.ones_like(moved[:, 0]) if real is None else real[:, rows].float()
+            total += (moved * counted[:, None]).sum((0, 2))
+            count += counted.sum()
+
+    # --- what the engine asks ----------------------------------------------------------------------------------------
+
+    def check_rows(self, batch: int, expand: int) -> None:
+        """Raise `SpanError` if a batch of `batch` rows cannot be these prompts, each repeated 1 or `expand` times."""
+        if self.prompt_rows is None or batch in (self.prompt_rows, self.prompt_rows * expand):
+            return
+        what = "spans" if self.spans is not None and self.spans.groups else "PerRow"
+        raise SpanError(
+            f"{what} describe {self.prompt_rows} prompt rows, the batch has {batch}: pass one entry per row of the batch"
+        )
+
+    def allow_forward(self) -> None:
+        """Refuse a bare forward under a method that acts around the forward."""
+        if self._inside or self._engine.scope is not None:
+            return
+        for method in self.methods:
+            if isinstance(method, DecodingMethod):
+                raise SteeringStateError(
+                    f"{method.name} works across several forwards: call generate(…), or its score(model, inputs, spans) "
+                    "for log-likelihoods; a bare forward would not be steered"
+                )
+            if isinstance(method, PromptMethod):
+                raise SteeringStateError(
+                    f"{method.name} rewrites the prompt: call generate(…), or its prepare(inputs, spans) before a forward"
+                )
+
+
+def _methods(methods: Any) -> list[Method]:
+    if isinstance(methods, Method):
+        return [methods]
+    listed = getattr(methods, "methods", methods)
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes)):
+        raise MethodError(
+            f"{methods!r} is not a method, a list of methods or a recipe; for example steerlens.methods.ZeroTuning(1.5)"
+        )
+    found: list[Method] = []
+    for item in listed:
+        found += _methods(item) if not isinstance(item, Method) else [item]
+    if sum(isinstance(m, DecodingMethod) for m in found) > 1:
+        raise MethodError("two decoding methods cannot own one generate; steer with one of them")
+    return found
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a compile, DDP or PEFT wrapper."""
+    for attribute in ("_orig_mod", "module"):
+        inner = model.__dict__.get("_modules", {}).get(attribute) if hasattr(model, "__dict__") else None
+        if inner is not None and not hasattr(model, "base_model"):
+            return unwrap(inner)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _wrap(model: Any, engine: Engine) -> None:
+    """Wrap `generate` and `set_attn_implementation` on this instance, once."""
+    if "_steerlens_wrapped" in model.__dict__:
+        return
+    model.__dict__["_steerlens_wrapped"] = engine
+    if hasattr(model, "generate"):
+        model.__dict__["generate"] = _generate(weakref.ref(model), type(model).generate, engine)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise SteeringStateError(
+            f"set_attn_implementation on a steered model would undo the routing: leave {engine.describe()} first"
+        )
+
+    model.__dict__["set_attn_implementation"] = refuse
+
+
+def _unwrap_methods(model: Any) -> None:
+    if model.__dict__.pop("_steerlens_wrapped", None) is not None:
+        model.__dict__.pop("generate", None)
+        model.__dict__.pop("set_attn_implementation", None)
+
+
+def _generate(model_ref: Any, original: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        model = model_ref()
+        if args:
+            kwargs["inputs"] = args[0]
+        rest = args[1:]
+        if engine.scope is not None or any(c._inside for c in engine.contexts):
+            return original(model, *(args and (kwargs.pop("inputs"),)), *rest, **kwargs)
+        kwargs = _prepare(engine, kwargs)
+        owner = next((c for c in engine.contexts for m in c.methods if isinstance(m, DecodingMethod)), None)
+        if owner is not None:
+            method = next(m for m in owner.methods if isinstance(m, DecodingMethod))
+            names = ("inputs", "input_ids", "attention_mask", "inputs_embeds")
+            inputs = {k: kwargs.pop(k) for k in names if k in kwargs}
+            owner._inside = True
+            try:
+                return method.generate(model, inputs, owner.spans, **kwargs)
+            finally:
+                owner._inside = False
+        engine.scope = _scope(model, kwargs)
+        for site in engine.sites.values():
+            site.__dict__["reached"] = False
+        try:
+            output = original(model, *((kwargs.pop("inputs"),) if "inputs" in kwargs else ()), *rest, **kwargs)
+            engine.judge()
+            return output
+        finally:
+            engine.scope = None
+
+    return generate
+
+
+def _prepare(engine: Engine, kwargs: dict[str, Any]) -> dict[str, Any]:
+    for context in engine.contexts:
+        for method in context.methods:
+            if isinstance(method, PromptMethod):
+                inputs, context.spans = method.prepare(kwargs, context.spans)
+                kwargs = dict(inputs)
+    return kwargs
+
+
+def _scope(model: Any, kwargs: dict[str, Any]) -> Scope | None:
+    tokens = next((kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
+    if not isinstance(tokens, torch.Tensor):
+        return Scope(1, 1, None, None, 1) if tokens is None else None
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def option(name: str) -> int:
+        value = kwargs.get(name)
+        return value or getattr(config, name, None) or 1
+
+    mask = kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    expand = max(option("num_beams"), option("num_return_sequences"))
+    return Scope(tokens.shape[1], tokens.shape[0], tokens, mask, expand)

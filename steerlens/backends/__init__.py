@@ -1,0 +1,34 @@
+"""Backends: three ways to compute the same steered attention. A named one never falls back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from steerlens.errors import UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from steerlens.backends.call import Call
+
+NAMES = ("auto", "reference", "sdpa", "triton")
+
+
+def check(name: str) -> str:
+    """The backend's name, if it is one that can be used here."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(NAMES)}{nearest(name, NAMES)}")
+    if name == "triton":
+        raise UnsupportedError("backend 'triton' is not built yet; use 'auto', 'sdpa' or 'reference'")
+    return name
+
+
+def attention(name: str, call: Call) -> torch.Tensor:
+    """Steered attention by a backend; `auto` takes sdpa, and the row-blocked reference where sdpa cannot be exact."""
+    from steerlens.backends import reference, sdpa
+
+    if name == "reference":
+        return reference.attention(call)
+    if name == "auto" and call.softcap is not None:
+        return reference.attention(call, budget=sdpa._budget(call))
+    return sdpa.attention(call)

@@ -1,0 +1,145 @@
+"""One attention call with its edits, lowered to tensors: what every backend is given.
+
+Shapes: B batch rows, H query heads, G key/value heads, Tq query rows, Tk keys, D head dim; h heads of one edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+
+@dataclass
+class Bias:
+    """Adds `weights[b, h, i]` (nats) to the logits of `keys`.
+
+    Attributes:
+        weights: fp32 [B or 1, H, Tq or 1].
+        keys: bool [B, Tk].
+    """
+
+    weights: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass
+class KeepMass:
+    """ψ' = `fraction`·ψ on the keys that `find` returns, for the query heads `heads`.
+
+    Attributes:
+        find: bool [B, h, Tk] from this call; may ask the backend for attention sums (see `Sums`) or rows.
+        rows: query rows it applies to, bool [B, Tq]; `None` for all.
+    """
+
+    heads: list[int]
+    fraction: float
+    find: Callable[[Sums], torch.Tensor]
+    rows: torch.Tensor | None
+
+
+@dataclass
+class Cut:
+    """Replaces head outputs by the mean of V over the visible keys (`uniform`) or by zeros.
+
+    Attributes:
+        heads: bool [H].
+        rows: bool [B, Tq]; `None` for all.
+    """
+
+    heads: torch.Tensor
+    uniform: bool
+    rows: torch.Tensor | None
+
+    def where(self) -> torch.Tensor:
+        """The outputs replaced, bool [B or 1, H, Tq or 1]."""
+        rows = self.heads.new_ones(1, 1) if self.rows is None else self.rows
+        return self.heads[None, :, None] & rows[:, None, :]
+
+
+Lowered = Bias | KeepMass | Cut
+Sums = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Given the query rows to count, bool [B, Tq]: the attention of each of the edit's heads summed over them, fp32
+[B, h, Tk], as it stands before the edit; and how many of them see each key, fp32 [B, 1 or h, Tk]."""
+
+
+@dataclass
+class Call:
+    """An attention call.
+
+    Attributes:
+        query: [B, H, Tq, D]; key: [B, G, Tk, D]; value: [B, G, Tk, Dv].
+        mask: native mask as bool (True = visible) or additive float, [B or 1, H or 1, Tq, Tk]; `None` is causal.
+        scaling: factor on q·k.
+        softcap: c of c·tanh(x/c) on the logits, or `None`.
+        offset: column of query row 0 minus column of key 0.
+        real: real keys, bool [B, Tk]; `None` for all.
+        plain: visible means causal and real, nothing else.
+        edits: in order; cuts last.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    offset: int
+    real: torch.Tensor | None
+    plain: bool
+    edits: list[Lowered] = field(default_factory=list)
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @cached_property
+    def needs_grad(self) -> bool:
+        """Whether autograd will want to go through this call."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (self.query, self.key, self.value))
+
+    def visible(self, rows: slice) -> torch.Tensor:
+        """Which keys these query rows see, bool [B or 1, H or 1, r, Tk]."""
+        if self.mask is None:
+            return self._causal(rows)
+        mask = self.mask[:, :, rows]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+    def additive(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as a term on the logits, -inf where not visible."""
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            mask = self.mask[:, :, rows].to(dtype)
+            return mask.masked_fill(~self.visible(rows), -torch.inf)
+        visible = self.visible(rows)
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
+
+    def _causal(self, rows: slice) -> torch.Tensor:
+        device = self.query.device
+        queries = torch.arange(self.query.shape[2], device=device)[rows] + self.offset
+        return (torch.arange(self.key.shape[2], device=device) <= queries[:, None])[None, None]
+
+    def sees(self, keys: torch.Tensor) -> torch.Tensor:
+        """Whether each query row sees any of `keys` [B, h, Tk], bool [B, h, Tq]."""
+        if self.plain or self.mask is None:
+            keys = keys if self.real is None else keys & self.real[:, None]
+            upto = keys.long().cummax(-1).values.bool()
+            rows = torch.arange(self.query.shape[2], device=keys.device) + self.offset
+            return upto[..., rows.clamp(max=keys.shape[-1] - 1)]
+        found = [
+            (self.visible(slice(i, i + 64))[:, :1].float() @ keys[..., None].float()).squeeze(-1) > 0
+            for i in range(0, self.query.shape[2], 64)
+        ]
+        return torch.cat(found, -1)
+
+
+def canonical(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A float mask of zeros and -inf-like values as the bool mask it stands for; real biases stay."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return mask.bool()
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    return ~hidden if bool(((mask == 0) | hidden).all()) else mask

@@ -1,0 +1,151 @@
+"""The definition: attention weights written out in fp32, edited one after the other, applied to V.
+
+Query rows are taken in blocks, so memory is O(block·Tk) and the result is the same; with one block it is the textbook.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from steerlens.backends.call import Bias, Call, Cut, KeepMass, Lowered, Sums
+
+
+def attention(call: Call, budget: int | None = None) -> torch.Tensor:
+    """Steered attention, [B, H, Tq, Dv] in the dtype of `value`.
+
+    Args:
+        call: the call and its edits.
+        budget: how many weights may be held at once; `None` for 16M.
+    """
+    edits = resolve(call, budget)
+    outputs = []
+    for rows in blocks(call, budget):
+        found = weights(call, edits, rows)
+        outputs.append(_times_value(found, call))
+    return torch.cat(outputs, 2).to(call.value.dtype)
+
+
+def weights(call: Call, edits: list[Lowered | Kept], rows: slice, heads: list[int] | None = None) -> torch.Tensor:
+    """Attention weights of a block of query rows after `edits`, fp32 (fp64 for fp64 inputs) [B, h, r, Tk].
+
+    Args:
+        call: the call.
+        edits: resolved edits (see `resolve`).
+        rows: the block.
+        heads: the query heads wanted; `None` for all H.
+    """
+    everything = list(range(call.query.shape[1]))
+    wanted = everything if heads is None else heads
+    a = logits(call, rows, wanted).softmax(-1)
+    a = a.nan_to_num(0.0)  # a row that sees no key: a pad
+    for edit in edits:
+        if isinstance(edit, Bias):
+            a = _scale(a, edit, rows, wanted)
+        elif isinstance(edit, Kept):
+            a = _keep(a, edit, rows, wanted)
+        elif isinstance(edit, Cut):
+            visible = call.visible(rows).to(a.dtype)
+            visible = visible if visible.shape[1] == 1 else visible[:, wanted]
+            flat = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+            where = edit.where()[:, wanted]
+            where = where if edit.rows is None else where[..., rows]
+            a = torch.where(where[..., None], flat if edit.uniform else torch.zeros_like(flat), a)
+    return a
+
+
+def logits(call: Call, rows: slice, heads: list[int]) -> torch.Tensor:
+    """Scaled, capped and masked logits of some heads, fp32 or fp64 [B, h, r, Tk]; -inf where not visible."""
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query = call.query[:, :, rows].to(dtype)
+    groups = call.groups
+    if len(heads) == query.shape[1]:
+        B, H, r, D = query.shape
+        grouped = query.reshape(B, H // groups, groups * r, D)
+        x = (grouped @ call.key.to(dtype).transpose(-1, -2)).reshape(B, H, r, -1)
+    else:
+        x = query[:, heads] @ call.key[:, [h // groups for h in heads]].to(dtype).transpose(-1, -2)
+    x = x * call.scaling
+    if call.softcap is not None:
+        x = call.softcap * torch.tanh(x / call.softcap)
+    mask = call.additive(rows, dtype)
+    return x + (mask if mask.shape[1] == 1 else mask[:, heads])
+
+
+Resolved = "Lowered | Kept"
+
+
+class Kept:
+    """A `KeepMass` whose keys are known, bool [B, h, Tk]."""
+
+    def __init__(self, edit: KeepMass, keys: torch.Tensor) -> None:
+        self.edit, self.keys = edit, keys
+
+
+def resolve(call: Call, budget: int | None = None, edits: list[Lowered] | None = None) -> list[Lowered | Kept]:
+    """The edits with the keys of each `KeepMass` found, each from the weights that the edits before it leave."""
+    resolved: list[Lowered | Kept] = []
+    for edit in call.edits if edits is None else edits:
+        if isinstance(edit, KeepMass):
+            resolved.append(Kept(edit, edit.find(summer(call, list(resolved), edit.heads, budget))))
+        else:
+            resolved.append(edit)
+    return resolved
+
+
+def summer(call: Call, edits: list[Lowered | Kept], heads: list[int], budget: int | None = None) -> Sums:
+    """Sums attention over chosen query rows, block by block."""
+
+    @torch.no_grad()
+    def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts, observers = [], []
+        for rows in blocks(call, budget, len(heads)):
+            chosen = counted[:, None, rows, None]
+            parts.append((weights(call, edits, rows, heads) * chosen).sum(2))
+            visible = call.visible(rows)
+            observers.append(((visible if visible.shape[1] == 1 else visible[:, heads]) & chosen).sum(2))
+        return torch.stack(parts).sum(0), torch.stack(observers).sum(0).float()
+
+    return sums
+
+
+def blocks(call: Call, budget: int | None = None, heads: int | None = None) -> list[slice]:
+    """Blocks of query rows whose weights stay within `budget` elements."""
+    per_row = call.query.shape[0] * (heads or call.query.shape[1]) * call.key.shape[2]
+    size = max(1, (budget or 1 << 24) // max(per_row, 1))
+    return [slice(i, min(i + size, call.query.shape[2])) for i in range(0, call.query.shape[2], size)]
+
+
+def _scale(a: torch.Tensor, edit: Bias, rows: slice, heads: list[int]) -> torch.Tensor:
+    u = edit.weights[:, heads].to(a.dtype)
+    u = u if u.shape[-1] == 1 else u[..., rows]
+    u = u[..., None]
+    # w and 1, divided by the larger of the two: the ratio is what counts, and neither may overflow.
+    factor = torch.where(edit.keys[:, None, None], (u - u.clamp(min=0)).exp(), (-u.clamp(min=0)).exp())
+    scaled = a * factor
+    total = scaled.sum(-1, keepdim=True)
+    return torch.where(u == 0, a, scaled / torch.where(total > 0, total, 1))
+
+
+def _keep(a: torch.Tensor, kept: Kept, rows: slice, heads: list[int]) -> torch.Tensor:
+    edit, dtype = kept.edit, a.dtype
+    place = {head: i for i, head in enumerate(edit.heads)}
+    chosen = [i for i, head in enumerate(heads) if head in place]
+    if not chosen:
+        return a
+    inside = kept.keys[:, [place[heads[i]] for i in chosen]][:, :, None]
+    old = a[:, chosen]
+    mass_in = (old * inside).sum(-1, keepdim=True)
+    mass_out = (old * ~inside).sum(-1, keepdim=True)
+    gain = (1 - edit.fraction * mass_in) / torch.where(mass_out > 0, mass_out, 1)
+    new = torch.where(inside, edit.fraction * old, gain.to(dtype) * old)
+    applies = mass_out > 0
+    if edit.rows is not None:
+        applies = applies & edit.rows[:, None, rows, None]
+    new = torch.where(applies, new, old)
+    return a.index_copy(1, torch.tensor(chosen, device=a.device), new)
+
+
+def _times_value(a: torch.Tensor, call: Call) -> torch.Tensor:
+    B, H, r, Tk = a.shape
+    value = call.value.to(a.dtype)
+    return (a.reshape(B, value.shape[1], -1, Tk) @ value).reshape(B, H, r, -1)

@@ -1,0 +1,342 @@
+"""Steered attention on PyTorch's fused kernels, in O(T) memory.
+
+A static bias Σ_g u[h,i,g]·1[j∈g] is a low-rank term on the logits: u/scale rides along as extra channels of the query,
+the indicator of g as extra channels of the key. u sits on the query, so heads of one key/value group may differ. A few
+query rows (decode) take an additive [B, H, Tq, Tk] term instead, since channels would copy the cache.
+
+ψ' = βψ (`KeepMass`) is a mix of two attentions: o' = β·o + (1-β)·o_N, with o_N the attention outside the set. Row by
+row this needs no ψ, and nothing cancels as ψ → 1.
+
+Column sums come from the same kernel, transposed: Σ_i exp(x_ij - LSE_i) is the exponential of the log-sum-exp that
+key j gets as a *query* over the query rows as *keys*, with -LSE_i as a bias; reversing both orders keeps it causal.
+
+Shapes as in `call`; W: head dim with channels, a multiple of 8 (other widths leave the fused path).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from steerlens.backends import reference
+from steerlens.backends.call import Bias, Call, Cut, KeepMass, Sums
+from steerlens.errors import UnsupportedError
+
+HIDE = -1000.0
+"""A bias (nats) that leaves nothing of a key beside any other; finite in every dtype."""
+FEW_ROWS = 16
+
+
+@dataclass
+class Term:
+    """A bias `weights` [B or 1, H, Tq or 1] (nats, fp32) on `keys`, bool [B or 1, G or 1, Tk]."""
+
+    weights: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass
+class Inputs:
+    """Some query heads of a call as a rectangle: `query` [B, g·m, Tq, D] over `key`/`value` [B, g, Tk, D]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def attention(call: Call) -> torch.Tensor:
+    """Steered attention, [B, H, Tq, Dv] in the dtype of `value`.
+
+    Raises:
+        UnsupportedError: if the logits are soft-capped; the cap sits between the logits and the bias.
+    """
+    if call.softcap is not None:
+        raise UnsupportedError(
+            f"backend 'sdpa' cannot steer soft-capped logits (softcap={call.softcap}); use backend='auto' or 'reference'"
+        )
+    cuts = [edit for edit in call.edits if isinstance(edit, Cut)]
+    moves = [edit for edit in call.edits if not isinstance(edit, Cut)]
+    terms: list[Term] = []
+    query = call.query
+    static = all(isinstance(edit, Bias) for edit in moves)
+    if static:
+        # A zero query attends to all visible keys alike: the mean of V, whatever the mask.
+        for cut in cuts:
+            if cut.uniform and not _biased(call):
+                query = query * ~cut.where()[..., None]
+    whole = Inputs(query, call.key, call.value)
+    output: torch.Tensor | None = None
+    for number, edit in enumerate(moves):
+        if isinstance(edit, Bias):
+            weights = edit.weights
+            for cut in cuts if static else ():
+                weights = weights * ~cut.where()
+            terms.append(Term(weights, edit.keys[:, None]))
+        elif number == len(moves) - 1:
+            output = _keep(call, whole, terms, edit)
+        else:
+            terms += _keep_as_bias(call, whole, terms, edit)
+    if output is None:
+        output = fused(call, whole, terms)
+    for cut in cuts:
+        if not cut.uniform:
+            output = output * ~cut.where()[..., None]
+        elif not static or _biased(call):
+            output = torch.where(cut.where()[..., None], _uniform(call), output)
+    return output
+
+
+def fused(call: Call, inputs: Inputs, terms: list[Term]) -> torch.Tensor:
+    """Attention under static terms, [B, h, Tq, Dv], differentiable."""
+    return _run(call, inputs, terms, want_lse=False)[0]
+
+
+def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    query, key, value = inputs.query, inputs.key, inputs.value
+    width = value.shape[-1]
+    mask, causal = call.mask, call.mask is None and query.shape[2] > 1
+    if causal and (call.offset != 0 or query.shape[2] > key.shape[2]):
+        mask, causal = call.visible(slice(None)), False
+    if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
+        mask, causal = None, True
+        if call.real is not None:
+            hide = torch.full((1, 1, 1), HIDE, device=query.device).expand(1, query.shape[1], 1)
+            terms = [*terms, Term(hide, ~call.real[:, None])]
+    if terms and query.shape[2] <= FEW_ROWS:
+        mask, causal = _additive(call, inputs, terms, mask, causal), False
+    elif terms or query.shape[-1] != width:
+        query, key = _with_channels(query, key, terms, call.scaling)
+        value = F.pad(value, (0, query.shape[-1] - width))
+    if want_lse:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=_float(mask, query), scale=call.scaling
+        )
+        return output[..., :width], lse
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=call.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[..., :width], None
+
+
+def _with_channels(
+    query: torch.Tensor, key: torch.Tensor, terms: list[Term], scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key [.., W] whose product holds the terms too."""
+    B, H, Tq, D = query.shape
+    G, Tk = key.shape[1], key.shape[2]
+    on_query: list[torch.Tensor] = []
+    on_key: list[torch.Tensor] = []
+    for term in terms:
+        pieces = split(term.weights / scaling, query.dtype)
+        on_query += [piece.expand(B, H, Tq) for piece in pieces]
+        on_key += [term.keys.to(key.dtype).expand(B, G, Tk)] * len(pieces)
+    missing = -(D + len(on_query)) % 8
+    channels = [torch.stack(on_query, -1)] if on_query else []
+    query = F.pad(torch.cat([query, *channels], -1), (0, missing))
+    channels = [torch.stack(on_key, -1)] if on_key else []
+    return query, F.pad(torch.cat([key, *channels], -1), (0, missing))
+
+
+def split(values: torch.Tensor, dtype: torch.dtype, pieces: int = 2) -> list[torch.Tensor]:
+    """Values as a sum of tensors of `dtype`: itself where that is exact enough, else high and low parts."""
+    if dtype in (torch.float32, torch.float64):
+        return [values.to(dtype)]
+    # Finite in fp16, and still e^-(30000·scale): nothing.
+    values = values.float().clamp(-3e4, 3e4)
+    parts = []
+    for _ in range(pieces):
+        parts.append(values.to(dtype))
+        values = values - parts[-1].float()
+    return parts
+
+
+def _additive(
+    call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """The terms and the mask as one additive term, [B or 1, h, Tq, Tk]."""
+    B, H, Tq, _ = inputs.query.shape
+    dtype = torch.promote_types(inputs.query.dtype, torch.float32)
+    total: torch.Tensor | None = None
+    for term in terms:
+        keys = term.keys.repeat_interleave(H // term.keys.shape[1], 1) if term.keys.shape[1] > 1 else term.keys
+        part = term.weights.to(dtype)[..., None] * keys[:, :, None]
+        total = part if total is None else total + part
+    assert total is not None
+    if causal:
+        mask = call.visible(slice(None))
+    if mask is not None and mask.dtype == torch.bool:
+        total = torch.where(mask, total, torch.finfo(dtype).min)
+    elif mask is not None:
+        total = total + mask
+    return total.expand(-1, -1, Tq, -1)
+
+
+def _float(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+def _biased(call: Call) -> bool:
+    """Whether the caller's own mask carries real biases, which a zero query would still feel."""
+    return call.mask is not None and call.mask.dtype != torch.bool
+
+
+def _uniform(call: Call) -> torch.Tensor:
+    mask = None if call.mask is None else call.visible(slice(None))
+    blank = Call(call.query, call.key, call.value, mask, call.scaling, None, call.offset, call.real, call.plain)
+    return fused(blank, Inputs(torch.zeros_like(call.query), call.key, call.value), [])
+
+
+class Selection:
+    """Query heads of one edit as a rectangle over their key/value heads, so that no key is copied per query head.
+
+    Attributes:
+        index: int64 [g·m]; the query head at each place (short groups repeat one).
+        place: where each of the edit's heads stands in `index`.
+    """
+
+    def __init__(self, call: Call, heads: list[int]) -> None:
+        groups = call.groups
+        members: dict[int, list[int]] = {}
+        for head in heads:
+            members.setdefault(head // groups, []).append(head)
+        self.kv = sorted(members)
+        self.width = max(map(len, members.values()))
+        self.index = [h for kv in self.kv for h in (members[kv] * self.width)[: self.width]]
+        self.heads = heads
+        self.place = [self.index.index(h) for h in heads]
+        self.whole = self.index == list(range(call.query.shape[1]))
+        self.all_kv = self.kv == list(range(call.key.shape[1]))
+
+    def inputs(self, whole: Inputs) -> Inputs:
+        """The rectangle's query, key and value."""
+        query = whole.query if self.whole else whole.query[:, self.index]
+        if self.all_kv:
+            return Inputs(query, whole.key, whole.value)
+        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv])
+
+    def terms(self, terms: list[Term]) -> list[Term]:
+        """Terms of the whole call, for the rectangle."""
+        return [
+            Term(t.weights[:, self.index], t.keys if t.keys.shape[1] == 1 or self.all_kv else t.keys[:, self.kv])
+            for t in terms
+        ]
+
+    def outside(self, keys: torch.Tensor) -> list[Term]:
+        """Terms that hide `keys` [B, h, Tk], each from its own head of the rectangle."""
+        B, _, Tk = keys.shape
+        table = keys.new_zeros(B, len(self.index), Tk)
+        at = {head: i for i, head in enumerate(self.heads)}
+        table = keys[:, [at[h] for h in self.index]].reshape(B, len(self.kv), self.width, Tk)
+        own = torch.eye(self.width, device=keys.device).repeat(1, len(self.kv))
+        return [Term(HIDE * own[m][None, :, None], table[:, :, m]) for m in range(self.width)]
+
+
+def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch.Tensor:
+    """O' = β·o + (1-β)·o_N for the edit's heads, o for the others."""
+    chosen = Selection(call, edit.heads)
+    output, lse = _run(call, whole, terms, want_lse=_has_lse(call))
+    keys = edit.find(_summer(call, whole, terms, chosen, lse))
+    if not bool(keys.any()):
+        return output
+    applies = call.sees(~keys)
+    if edit.rows is not None:
+        applies = applies & edit.rows[:, None]
+    old = output if chosen.whole else output[:, edit.heads]
+    outside = _outside(call, whole, terms, chosen, keys, old, lse)
+    new = torch.where(applies[..., None], edit.fraction * old + (1 - edit.fraction) * outside, old).to(old.dtype)
+    return new if chosen.whole else output.index_copy(1, torch.tensor(edit.heads, device=new.device), new)
+
+
+def _outside(
+    call: Call, whole: Inputs, terms: list[Term], chosen: Selection, keys: torch.Tensor, old: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """o_N, attention outside `keys`, for the selected heads in the edit's order."""
+    outside = fused(call, chosen.inputs(whole), [*chosen.terms(terms), *chosen.outside(keys)])
+    return outside if chosen.whole else outside[:, chosen.place]
+
+
+def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> list[Term]:
+    """The law as a row-dependent bias log w = log β + log(1-ψ) - log(1-βψ), for laws that others follow."""
+    chosen = Selection(call, edit.heads)
+    lse = _run(call, whole, terms, want_lse=True)[1] if _has_lse(call) else None
+    keys = edit.find(_summer(call, whole, terms, chosen, lse))
+    inputs, B, Tk = chosen.inputs(whole), keys.shape[0], keys.shape[2]
+    at = {head: i for i, head in enumerate(edit.heads)}
+    table = keys[:, [at[h] for h in chosen.index]].reshape(B, len(chosen.kv), chosen.width, Tk)
+    # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
+    indicator = (~table).transpose(-1, -2).to(inputs.value.dtype)
+    masses = fused(call, Inputs(inputs.query, inputs.key, indicator), chosen.terms(terms))
+    rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
+    rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32)).clamp(max=1)
+    beta = edit.fraction
+    safe = torch.where(rest > 0, rest, 1)
+    change = safe.log() - (1 - beta + beta * safe).log() + (torch.tensor(beta).log() if beta > 0 else HIDE)
+    change = torch.where((rest > 0) & (call.sees(~keys)), change.clamp(min=HIDE), 0)
+    if edit.rows is not None:
+        change = change * edit.rows[:, None]
+    H, G, groups = call.query.shape[1], call.key.shape[1], call.groups
+    found = []
+    for member in range(groups):
+        heads = [h for h in edit.heads if h % groups == member]
+        if heads:
+            own = [at[h] for h in heads]
+            weights = change.new_zeros(B, H, change.shape[-1]).index_copy(1, torch.tensor(heads), change[:, own])
+            on = keys.new_zeros(B, G, Tk).index_copy(1, torch.tensor([h // groups for h in heads]), keys[:, own])
+            found.append(Term(weights, on))
+    return found
+
+
+def _has_lse(call: Call) -> bool:
+    return call.query.device.type == "cpu" and not call.needs_grad
+
+
+def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse: torch.Tensor | None) -> Sums:
+    """Column sums of the edit's heads under `terms`: fused and transposed where visibility is plain, else in blocks."""
+    square = call.offset == 0 and call.query.shape[2] == call.key.shape[2]
+    if lse is None or not call.plain or not square or call.query.shape[2] <= FEW_ROWS:
+        return reference.summer(call, _biases(call, terms), chosen.heads, budget=_budget(call))
+
+    def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = chosen.inputs(whole)
+        query, key = _with_channels(inputs.query, inputs.key, chosen.terms(terms), call.scaling)
+        B, _, T, _ = query.shape
+        share = torch.where(counted[:, None], -lse[:, chosen.index], HIDE) / call.scaling
+        extra = torch.stack(split(share, query.dtype, pieces=3), -1)
+        missing = -(query.shape[-1] + extra.shape[-1]) % 8
+        query = F.pad(torch.cat([query, extra], -1), (0, missing)).flip(2).unflatten(1, (len(chosen.kv), chosen.width))
+        key = F.pad(torch.cat([key, torch.ones_like(extra[:, :1]).expand(-1, key.shape[1], -1, -1)], -1), (0, missing))
+        key = key.flip(2)
+        found = []
+        for member in range(chosen.width):
+            rows = query[:, :, member]
+            total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                key, rows, rows, 0.0, True, scale=call.scaling
+            )[1]
+            found.append(total.exp().flip(-1))
+        observers = counted.flip(1).cumsum(1).flip(1).float()[:, None]
+        return torch.stack(found, 2).reshape(B, -1, T)[:, chosen.place], observers
+
+    return sums
+
+
+def _biases(call: Call, terms: list[Term]) -> list[reference.Resolved]:
+    found: list[reference.Resolved] = []
+    for term in terms:
+        if term.keys.shape[1] == 1:
+            found.append(Bias(term.weights, term.keys[:, 0]))
+            continue
+        for kv in range(term.keys.shape[1]):
+            own = torch.arange(call.query.shape[1], device=term.weights.device) // call.groups == kv
+            found.append(Bias(term.weights * own[None, :, None], term.keys[:, kv]))
+    return found
+
+
+def _budget(call: Call) -> int:
+    """Weights held at once, so that memory stays within a layer's own q, k and v."""
+    return max(call.query.numel() // 4, 1 << 16)

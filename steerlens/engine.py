@@ -1,0 +1,400 @@
+"""What stands behind a steered model: routed attention modules, the current forward, state per cache.
+
+Only steered layers are routed, by giving their attention module a copy of its config that names our attention function;
+every other layer stays native, and masks arrive as the model makes them. All state lives on the modules and the cache,
+so a `generate` that a streamer runs in another thread is steered too.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from steerlens import backends, facts
+from steerlens.backends.call import Call, canonical
+from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
+from steerlens.lower import lower
+from steerlens.passes import Pass, Prompt, fit
+
+if TYPE_CHECKING:
+    from steerlens.attach import Steering
+    from steerlens.capture import Record
+
+NAME = "steerlens"
+_UNDERSTOOD = {
+    "sliding_window", "softcap", "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states",
+    "output_router_logits", "cache_position", "return_dict", "num_items_in_batch",
+}
+
+
+class Guarded:
+    """Sits on a steered module; refuses what would copy or ship a model that is still steered."""
+
+    engine: Engine
+
+    def _refuse(self, what: str) -> SteeringStateError:
+        return SteeringStateError(
+            f"{what} a steered model would carry the steering along or lose it: leave {self.engine.describe()} first"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise self._refuse("deepcopy of")
+
+    def __copy__(self) -> Any:
+        raise self._refuse("copy of")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._refuse("pickling")
+
+
+class Site(Guarded):
+    """A routed attention module.
+
+    Attributes:
+        config: the module's own config, put back on release.
+        calls: attention calls so far; `rows`: query rows of all batch rows.
+    """
+
+    def __init__(self, engine: Engine, layer: int, module: torch.nn.Module) -> None:
+        self.engine, self.layer, self.module = engine, layer, module
+        self.config = module.config
+        self.calls = self.rows = 0
+        routed = copy.copy(self.config)
+        routed._attn_implementation_internal = NAME
+        module.config = routed
+        module.__dict__["_steerlens"] = self
+
+    def release(self) -> None:
+        """Give the module its own config back."""
+        self.module.config = self.config
+        self.module.__dict__.pop("_steerlens", None)
+
+    def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention that this module would have run unsteered."""
+        eager = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        routed, self.module.config = self.module.config, self.config
+        try:
+            return function(self.module, *args, **kwargs)
+        finally:
+            self.module.config = routed
+
+
+class Scope:
+    """One wrapped `generate`: its inputs say what the prompt is, whatever forwards run inside."""
+
+    def __init__(self, width: int, batch: int, ids: torch.Tensor | None, mask: torch.Tensor | None, expand: int) -> None:
+        self.width, self.batch, self.ids, self.mask, self.expand = width, batch, ids, mask, expand
+        self.started = False
+
+
+class Engine(Guarded):
+    """All steering on one model."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        self.engine = self
+        self.base = base
+        self.facts = facts.read(base.config)
+        self.modules = _attention_modules(base, self.facts.layers)
+        self.sites: dict[int, Site] = {}
+        self.contexts: list[Steering] = []
+        self.records: list[Record] = []
+        self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Scope | None, Prompt]] = weakref.WeakKeyDictionary()
+        self.current: Pass | None = None
+        self.scope: Scope | None = None
+        self.thread = threading.get_ident()
+        self._running: int | None = None
+        self._signature = inspect.signature(type(base).forward)
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def of(cls, base: torch.nn.Module) -> Engine:
+        """The engine of a decoder, made on first use."""
+        engine = base.__dict__.get("_steerlens_engine")
+        return engine if engine is not None else cls(base)
+
+    def describe(self) -> str:
+        """The contexts in force, for messages."""
+        return ", ".join([c.describe() for c in self.contexts] + ["steerlens.capture"] * bool(self.records)) or "steerlens"
+
+    def update(self) -> None:
+        """Route the layers that the contexts in force need, release the others."""
+        wanted = {layer for context in self.contexts for layer in context.plan}
+        wanted |= {layer for record in self.records for layer in record.layers}
+        for layer in set(self.sites) - wanted:
+            self.sites.pop(layer).release()
+        for layer in sorted(wanted - set(self.sites)):
+            self.sites[layer] = Site(self, layer, self.modules[layer])
+        active = bool(self.contexts or self.records)
+        if active and not self._hooks:
+            self._hooks = [
+                self.base.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self.base.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            ]
+            self.base.__dict__["_steerlens_engine"] = self
+        elif not active:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self.base.__dict__.pop("_steerlens_engine", None)
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...] | None:
+        """The lengths that a context was given; two contexts must agree."""
+        given = {c.prompt_lengths for c in self.contexts if c.prompt_lengths is not None}
+        if len(given) > 1:
+            raise SteeringStateError(f"contexts in force name different prompt_lengths: {sorted(given)}")
+        return next(iter(given), None)
+
+    @property
+    def backend(self) -> str:
+        """The backend that the contexts name."""
+        return next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
+
+    # --- one forward -------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._running not in (None, threading.get_ident()):
+            raise SteeringStateError(
+                f"two threads run the steered model at once ({self.describe()}): a model holds one forward at a time"
+            )
+        for context in self.contexts:
+            context.allow_forward()
+        given = self._signature.bind_partial(module, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if tokens is None:
+            return
+        cache = given.get("past_key_values")
+        if cache is not None and not isinstance(cache, Cache):
+            raise UnsupportedError(f"past_key_values is a {type(cache).__name__}; steering needs a transformers Cache")
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        batch, length = tokens.shape[:2]
+        mask, plain = _token_mask(given.get("attention_mask"))
+        prompt = self._prompt(cache, seen, batch, length, mask, tokens)
+        total = seen + length
+        real = None
+        if mask is not None:
+            real = fit(mask.to(tokens.device).bool(), total)
+        elif prompt.real is not None and seen:
+            known = prompt.real
+            real = torch.nn.functional.pad(known, (0, max(total - known.shape[1], 0)), value=True)[:, :total]
+        if real is not None and bool(real.all()):
+            real = None
+        keys = {
+            layer: (length, 0) if cache is None else cache.get_mask_sizes(length, layer) for layer in self.sites
+        }
+        self.current = Pass(prompt, seen, length, real, plain, keys)
+        self._running = threading.get_ident()
+        for site in self.sites.values():
+            site.__dict__["reached"] = False
+
+    def _prompt(self, cache: Cache | None, seen: int, batch: int, length: int, mask: torch.Tensor | None,
+                tokens: torch.Tensor) -> Prompt:
+        scope = self.scope
+        if cache is not None and seen and (found := self.prompts.get(cache)) and (scope is None or found[0] is scope):
+            if found[1].batch == batch:
+                return found[1]
+            raise UnsupportedError(f"the cache holds a prompt of {found[1].batch} rows, this forward has {batch}")
+        ids, given = (tokens, mask) if scope is None else (scope.ids, scope.mask)
+        expand = 1 if scope is None else scope.expand
+        self._check_rows(batch, expand, None if seen and scope is None else ids, given)
+        width = seen + length if scope is None else scope.width
+        real = mask
+        if given is not None and given.shape[1] >= width:
+            real = given.bool().repeat_interleave(batch // given.shape[0], 0)
+        elif mask is not None and mask.shape[1] < width:
+            # The first chunk of a prompt that comes in several: what follows left padding is tokens.
+            real = torch.nn.functional.pad(mask.bool(), (0, width - mask.shape[1]), value=True)
+        lengths = self.prompt_lengths
+        if lengths is not None:
+            if batch % len(lengths):
+                raise SteeringStateError(f"prompt_lengths has {len(lengths)} entries, the batch {batch} rows")
+            lengths = tuple(n for n in lengths for _ in range(batch // len(lengths)))
+        prompt = Prompt.start(width, real, batch, tokens.device, lengths)
+        if cache is not None:
+            self.prompts[cache] = (scope, prompt)
+        return prompt
+
+    def _check_rows(self, batch: int, expand: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        for context in self.contexts:
+            context.check_rows(batch, expand)
+            if context.spans is not None and ids is not None and not ids.is_floating_point():
+                context.spans.check(ids, mask)
+
+    @torch.compiler.disable
+    def _end(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        now, self.current, self._running = self.current, None, None
+        if now is None or output is None:  # no output: the forward raised
+            return
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, Cache) and cache not in self.prompts:
+            self.prompts[cache] = (self.scope, now.prompt)
+        if self.scope is None:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise `NotReachedError` for a steered layer that the last call never came to."""
+        missed = [layer for layer, site in self.sites.items() if not site.__dict__.get("reached", True)]
+        if missed:
+            raise NotReachedError(
+                f"{self.describe()}: layers {missed} of {self.facts.name} were routed but never called, so nothing was "
+                "steered there: the model skipped them or does not use transformers' attention interface"
+            )
+
+    # --- one attention call ------------------------------------------------------------------------------------------
+
+    def attend(
+        self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+        dropout: float, scaling: float | None, extra: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Steered attention of one module: output [B, Tq, H, Dv], and the weights if the reference was asked for them."""
+        now = self.current
+        if now is None:
+            raise SteeringStateError(
+                f"layer {site.layer} of {self.facts.name} was called outside a forward of its decoder "
+                "(gradient checkpointing, or the layer alone): call the whole model, and turn checkpointing off"
+            )
+        heads = query.shape[1]
+        if heads != self.facts.heads[site.layer]:
+            raise UnsupportedError(
+                f"layer {site.layer} runs {heads} query heads here, the config says {self.facts.heads[site.layer]}: "
+                "tensor parallelism is not supported yet"
+            )
+        if dropout:
+            raise UnsupportedError(f"attention dropout {dropout} is on: steering is exact only in model.eval()")
+        unknown = {k: type(v).__name__ for k, v in extra.items() if v is not None and k not in _UNDERSTOOD}
+        if unknown or extra.get("is_causal") is False:
+            raise UnsupportedError(
+                f"layer {site.layer} of {self.facts.name} passes arguments that steerlens does not know: "
+                f"{unknown or 'is_causal=False'} (learned sinks, sparse or packed attention); steering could be wrong"
+            )
+        site.calls += 1
+        site.rows += query.shape[0] * query.shape[2]
+        site.__dict__["reached"] = True
+        placed = [item for context in self.contexts for item in context.placed.get(site.layer, ())]
+        call = self._call(site, now, query, key, value, mask, scaling, extra)
+        call.edits = lower(placed, now, site.layer, heads)
+        want_weights = bool(extra.get("output_attentions"))
+        if not placed:
+            output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
+        elif want_weights and self.backend != "reference":
+            raise UnsupportedError(
+                "output_attentions=True needs every weight of the steered layers: use backend='reference', or "
+                "steerlens.capture for their summaries"
+            )
+        else:
+            output, matrix = backends.attention(self.backend, call), None
+            if want_weights:
+                from steerlens.backends import reference
+
+                matrix = reference.weights(call, reference.resolve(call), slice(0, query.shape[2])).to(query.dtype)
+            output = output.transpose(1, 2).contiguous()
+        with torch.no_grad():
+            for context in self.contexts:
+                context.observe(site.layer, call, now)
+            for record in self.records:
+                record.observe(site.layer, call, now)
+        return output, matrix
+
+    def _call(
+        self, site: Site, now: Pass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        mask: torch.Tensor | None, scaling: float | None, extra: dict[str, Any],
+    ) -> Call:
+        length, start = now.keys[site.layer]
+        if key.shape[2] != length or query.shape[2] != now.q_len:
+            raise UnsupportedError(
+                f"layer {site.layer}: {key.shape[2]} keys and {query.shape[2]} query rows, where the cache announced {length} "
+                f"keys and the forward {now.q_len} rows: this cache or mode cannot be steered exactly yet"
+            )
+        # A static cache has slots that were never written; they are no keys.
+        written = min(now.columns - start, length)
+        now.keys[site.layer] = (written, start)
+        key, value = key[:, :, :written], value[:, :, :written]
+        real = None if now.real is None else fit(now.real, written, start)
+        window = extra.get("sliding_window")
+        plain = now.plain and (window is None or now.columns <= window)
+        offset = now.q_offset - start
+        if mask is not None and mask.ndim == 4:
+            memo = ("mask", mask.data_ptr(), mask.shape, written)
+            if memo not in now.memo:
+                now.memo[memo] = canonical(mask[..., :written])
+            mask = now.memo[memo]  # type: ignore[assignment]
+        elif mask is not None or (window is not None and written > window):
+            mask = _from_columns(query, written, offset, real, window)
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        return Call(query, key, value, mask, float(scaling), extra.get("softcap"), offset, real, plain)
+
+
+def _from_columns(
+    query: torch.Tensor, length: int, offset: int, real: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
+    """Visibility where the native kernel is told the padding and the window instead of a mask, bool [B, 1, Tq, Tk]."""
+    device = query.device
+    distance = torch.arange(query.shape[2], device=device)[:, None] + offset - torch.arange(length, device=device)
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    visible = visible[None, None].expand(query.shape[0], 1, -1, -1)
+    return visible if real is None else visible & real[:, None, None]
+
+
+def _token_mask(mask: Any) -> tuple[torch.Tensor | None, bool]:
+    """Real tokens as [B, columns], and whether visibility is causal and padding alone."""
+    if mask is None:
+        return None, True
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None:
+            return None, True
+    if not isinstance(mask, torch.Tensor):
+        raise UnsupportedError(f"attention_mask is a {type(mask).__name__}; a 2-D or 4-D tensor is needed")
+    if mask.ndim == 2:
+        return mask, True
+    if mask.ndim != 4:
+        raise UnsupportedError(f"attention_mask has shape {tuple(mask.shape)}; allowed: [B, T] or [B, 1, Tq, Tk]")
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return visible.any(1).any(1), False
+
+
+def _attention_modules(base: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:
+    found: dict[int, torch.nn.Module] = {}
+    for module in base.modules():
+        layer = getattr(module, "layer_idx", None)
+        if type(module).__name__.endswith("Attention") and isinstance(layer, int):
+            if found.setdefault(layer, module) is not module:
+                raise UnsupportedError(f"layer {layer} has two attention modules; which one to steer is not known")
+    missing = sorted(set(range(layers)) - set(found))
+    if missing:
+        raise UnsupportedError(f"no attention module found for layers {missing} of {type(base).__name__}")
+    return found
+
+
+@torch.compiler.disable
+def steered_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that routed modules call; for one that is not routed it is plain SDPA."""
+    site: Site | None = module.__dict__.get("_steerlens")
+    if site is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return site.engine.attend(site, query, key, value, attention_mask, dropout, scaling, kwargs)
+
+
+AttentionInterface.register(NAME, steered_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,160 @@
+"""From symbolic edits to the tensors of one attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from steerlens.backends.call import Bias, Cut, KeepMass, Lowered, Sums
+from steerlens.edits import Ablate, Edit, Keep, Reweight, Scale, Sinks
+from steerlens.errors import UnsupportedError
+from steerlens.passes import Pass, SinkState, fit
+from steerlens.spans import Spans
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An edit with what it was planned with.
+
+    Attributes:
+        key: names it among all edits of its layer and context, for its state.
+        prompt_rows: prompt rows that `edit.batch` counts.
+    """
+
+    edit: Edit
+    spans: Spans | None
+    key: Hashable
+    prompt_rows: int | None
+
+
+def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lowered]:
+    """The edits of a layer, for the keys it sees in this forward; ablations last, as they win.
+
+    Args:
+        placed: in order of composition.
+        now: the forward.
+        layer: layer index; `now.keys[layer]` says which columns its keys hold.
+        heads: H.
+    """
+    length, start = now.keys[layer]
+    ordered = [p for p in placed if isinstance(p.edit, Reweight)] + [p for p in placed if isinstance(p.edit, Ablate)]
+    found: list[Lowered] = []
+    for item in ordered:
+        memo = (item.edit, id(item.spans), item.prompt_rows, length, start, heads)
+        if isinstance(item.edit, Reweight) and isinstance(item.edit.law, Keep):
+            found.append(_keep(item, now, length, start))
+        else:
+            # Layers with the same edit share its tensors.
+            if memo not in now.memo:
+                now.memo[memo] = _cut(item, now, heads) if isinstance(item.edit, Ablate) else _bias(
+                    item, now, length, start, heads)
+            lowered = now.memo[memo]
+            assert isinstance(lowered, Bias | Cut)
+            found.append(lowered)
+    return found
+
+
+def _batch(item: Placed, now: Pass) -> torch.Tensor | None:
+    if item.edit.batch is None:
+        return None
+    assert item.prompt_rows is not None
+    return now.prompt.rows_of(item.edit.batch, item.prompt_rows)
+
+
+def _rows(item: Placed, now: Pass) -> torch.Tensor | None:
+    rows, batch = now.rows(item.edit.phase), _batch(item, now)
+    if batch is None:
+        return rows
+    everywhere = batch[:, None].expand(-1, now.q_len)
+    return everywhere if rows is None else rows & everywhere
+
+
+def _head_mask(heads: tuple[int, ...], total: int, device: torch.device) -> torch.Tensor:
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[list(heads)] = True
+    return mask.to(device)
+
+
+def _cut(item: Placed, now: Pass, heads: int) -> Cut:
+    assert isinstance(item.edit, Ablate)
+    mask = _head_mask(item.edit.heads, heads, now.prompt.first.device)
+    return Cut(mask, item.edit.mode == "uniform", _rows(item, now))
+
+
+def _bias(item: Placed, now: Pass, length: int, start: int, heads: int) -> Bias:
+    edit = item.edit
+    assert isinstance(edit, Reweight) and isinstance(edit.law, Scale)
+    keys = fit(now.key_columns(edit.keys, item.spans), length, start)
+    batch = _batch(item, now)
+    if batch is not None:
+        keys = keys & batch[:, None]
+    weights = _head_mask(edit.heads, heads, keys.device).float()[None, :, None] * edit.law.log_weight
+    rows = now.rows(edit.phase)
+    return Bias(weights if rows is None else weights * rows[:, None], keys)
+
+
+def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
+    edit = item.edit
+    assert isinstance(edit, Reweight) and isinstance(edit.law, Keep)
+    batch = _batch(item, now)
+    found: list[torch.Tensor] = []
+
+    def find(sums: Sums) -> torch.Tensor:
+        if not found:
+            keys = _sinks(item, edit.keys, now, length, start, sums) if isinstance(edit.keys, Sinks) else fit(
+                now.key_columns(edit.keys, item.spans), length, start)[:, None].expand(-1, len(edit.heads), -1)
+            found.append(keys if batch is None else keys & batch[:, None, None])
+        return found[0]
+
+    return KeepMass(list(edit.heads), edit.law.fraction, find, now.rows(edit.phase))
+
+
+def _sinks(
+    item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums
+) -> torch.Tensor:
+    prompt = now.prompt
+    state = prompt.sinks.get(item.key)
+    if state is None:
+        if not now.whole_prompt:
+            raise UnsupportedError(
+                f"act finds its sinks in the attention of the whole prompt, but this forward holds columns "
+                f"{now.q_offset}..{now.columns} of a prompt of {prompt.width}: prefill the prompt in one forward under "
+                "the steering (no prefill_chunk_size, no reused prefix)"
+            )
+        counted = now.rows("prompt")
+        assert counted is not None
+        if (real := now.real_rows()) is not None:
+            counted = counted & real
+        total, observers = (fit(part, now.columns) for part in sums(counted))
+        state = SinkState(total.new_zeros(0, dtype=torch.bool), total, observers)
+        state.keys = _select(rule, state, now)
+        prompt.sinks[item.key] = state
+    if rule.running and now.columns > prompt.width:
+        if now.q_len > 1:
+            raise UnsupportedError(
+                f"act with decode='running' renews its sinks with every generated row, but this forward holds {now.q_len} "
+                "rows: it needs the cache (use_cache=True) and no assisted decoding, or decode='frozen'"
+            )
+        one = torch.ones(prompt.batch, 1, dtype=torch.bool, device=prompt.first.device)
+        row, seen = (torch.nn.functional.pad(part, (start, 0)) for part in sums(one))
+        state.sums = fit(state.sums, now.columns) + row
+        state.counts = fit(state.counts, now.columns) + seen
+        state.keys = _select(rule, state, now)
+    return fit(state.keys, length, start)
+
+
+def _select(rule: Sinks, state: SinkState, now: Pass) -> torch.Tensor:
+    """Columns whose mean exceeds the threshold, less the spared one, bool [B, h, C]."""
+    prompt, columns = now.prompt, state.sums.shape[-1]
+    where = torch.arange(columns, device=state.sums.device)
+    mean = state.sums / state.counts.clamp(min=1)
+    threshold = torch.full((prompt.batch, 1, 1), rule.threshold, device=mean.device)
+    if rule.relative:
+        threshold = threshold / prompt.tokens[:, None, None]
+    real = where >= prompt.first[:, None] if now.real is None else fit(now.real, columns)
+    found = (mean > threshold) & real[:, None]
+    if rule.spare == "first_token":
+        return found & (where != prompt.first[:, None])[:, None]
+    return found & (found.long().cumsum(-1) > 1)

@@ -1,0 +1,184 @@
+"""Where a forward stands: which rows are prompt, which columns are real, which keys an edit means.
+
+Columns are absolute: column c is the c-th position since the cache was empty, pads included. A layer's key axis holds
+the columns `kv_offset .. kv_offset + Tk`, which a sliding-window cache moves along.
+Shapes: B batch rows, H query heads, Tq query rows of this forward, Tk keys of a layer, C columns so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from steerlens.edits import FirstToken, Keys, OutsideSpan, Phase, PromptKeys, Sinks, SpanKeys
+from steerlens.errors import SpanError
+from steerlens.spans import Spans
+
+
+@dataclass
+class SinkState:
+    """Sinks of one edit in one layer: the frozen set, and for `running` the sums that go on.
+
+    Attributes:
+        keys: bool [B, h, C] over the edit's heads.
+        sums: attention summed over the rows counted so far, fp32 [B, h, C].
+        counts: how many counted rows see each column, fp32 [B, 1 or h, C].
+    """
+
+    keys: torch.Tensor
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass
+class Prompt:
+    """What every later forward on the same cache needs to know of the prompt.
+
+    Attributes:
+        batch: B.
+        width: columns the prompt takes, pads included.
+        first: column of the first real token, int64 [B].
+        stop: column after the last real prompt token, int64 [B].
+        real: real prompt columns, bool [B, width], or `None` if all are.
+        sinks: states of the edits that find sinks, by (context, layer, edit).
+    """
+
+    batch: int
+    width: int
+    first: torch.Tensor
+    stop: torch.Tensor
+    real: torch.Tensor | None
+    sinks: dict[Hashable, SinkState] = field(default_factory=dict)
+    _spans: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, width: int, real: torch.Tensor | None, batch: int, device: torch.device,
+              lengths: tuple[int, ...] | None = None) -> Prompt:
+        """A prompt of `width` columns; `real` [B, >= width] marks its tokens; `lengths` cut it per row, in tokens."""
+        real = None if real is None else real[:, :width].to(device)
+        first = torch.zeros(batch, dtype=torch.long, device=device)
+        stop = torch.full((batch,), width, dtype=torch.long, device=device)
+        if real is not None:
+            columns = torch.arange(real.shape[1], device=device)
+            first = real.long().argmax(1)
+            stop = torch.where(real, columns + 1, 0).amax(1)
+        if lengths is not None:
+            stop = torch.minimum(stop, first + torch.tensor(lengths, device=device))
+            width = int(stop.max())
+            real = None if real is None else real[:, :width]
+        return cls(batch, width, first, stop, real)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Number of real prompt tokens per row, int64 [B]."""
+        if self.real is None:
+            return self.stop - self.first
+        columns = torch.arange(self.real.shape[1], device=self.real.device)
+        return (self.real & (columns < self.stop[:, None])).sum(1)
+
+    def span(self, spans: Spans, group: str, section: int | None) -> torch.Tensor:
+        """The group's columns, bool [B, width]."""
+        key = (id(spans), group, section)
+        if key not in self._spans:
+            table = torch.zeros(spans.rows, self.width, dtype=torch.bool)
+            for row, sections in enumerate(spans.groups[group]):
+                for start, stop in sections if section is None else sections[section : section + 1]:
+                    if stop > self.width:
+                        raise SpanError(
+                            f"span ({start}, {stop}) of group {group!r}, row {row}, ends after the prompt of "
+                            f"{self.width} columns; spans count padded columns of the same inputs"
+                        )
+                    table[row, start:stop] = True
+            self._spans[key] = self._expand(table)
+        return self._spans[key]
+
+    def sections(self, spans: Spans, group: str) -> torch.Tensor:
+        """Number of sections per row, int64 [B]."""
+        key = (id(spans), group, "sections")
+        if key not in self._spans:
+            self._spans[key] = self._expand(torch.tensor([len(row) for row in spans.groups[group]]))
+        return self._spans[key]
+
+    def rows_of(self, batch: tuple[int, ...], rows: int) -> torch.Tensor:
+        """The batch rows that belong to these prompt rows, bool [B]."""
+        table = torch.zeros(rows, dtype=torch.bool)
+        table[list(batch)] = True
+        return self._expand(table)
+
+    def _expand(self, table: torch.Tensor) -> torch.Tensor:
+        # Beams and num_return_sequences repeat each prompt row next to itself.
+        return table.repeat_interleave(self.batch // table.shape[0], 0).to(self.first.device)
+
+
+@dataclass
+class Pass:
+    """One forward of the decoder.
+
+    Attributes:
+        q_offset: column of its first query row.
+        q_len: Tq.
+        real: real columns, bool [B, C], or `None` if all are.
+        plain: visibility is causal and padding, nothing else (no 4-D mask of the user's).
+        keys: per layer (Tk that the layer will see, column of its first key), read before the cache update.
+    """
+
+    prompt: Prompt
+    q_offset: int
+    q_len: int
+    real: torch.Tensor | None
+    plain: bool
+    keys: dict[int, tuple[int, int]]
+    memo: dict[Hashable, object] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> int:
+        """C, the columns seen when this forward is done."""
+        return self.q_offset + self.q_len
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether every prompt row is in this forward."""
+        return self.q_offset == 0 and self.columns >= self.prompt.width
+
+    def rows(self, phase: Phase) -> torch.Tensor | None:
+        """Query rows of a phase, bool [B, Tq]; `None` for all of them."""
+        if phase == "all" or (phase == "decode" and self.q_offset >= self.prompt.width):
+            return None
+        rows = torch.arange(self.q_offset, self.columns, device=self.prompt.first.device)
+        stop = self.prompt.stop[:, None]
+        if phase == "prompt":
+            return rows < stop
+        return rows >= stop - 1 if phase == "decode" else rows < stop - 1
+
+    def real_rows(self) -> torch.Tensor | None:
+        """Query rows that are tokens, bool [B, Tq]; `None` for all of them."""
+        return None if self.real is None else self.real[:, self.q_offset : self.columns]
+
+    def key_columns(self, keys: Keys, spans: Spans | None) -> torch.Tensor:
+        """The columns an edit means, bool [B, C]."""
+        prompt = self.prompt
+        columns = torch.arange(self.columns, device=prompt.first.device)
+        if isinstance(keys, FirstToken):
+            return columns == prompt.first[:, None]
+        in_prompt = columns < prompt.stop[:, None]
+        if isinstance(keys, PromptKeys):
+            if not keys.sections:
+                return in_prompt
+            assert spans is not None
+            return in_prompt & (prompt.sections(spans, keys.group) >= keys.sections)[:, None]
+        assert spans is not None
+        assert isinstance(keys, SpanKeys | OutsideSpan) and not isinstance(keys, Sinks)
+        inside = fit(prompt.span(spans, keys.group, keys.section), self.columns)
+        if isinstance(keys, SpanKeys):
+            return inside
+        needed = 1 if keys.section is None else keys.section + 1
+        return in_prompt & ~inside & (prompt.sections(spans, keys.group) >= needed)[:, None]
+
+
+def fit(table: torch.Tensor, length: int, start: int = 0) -> torch.Tensor:
+    """Columns `start .. start + length` of a table [..., C]; columns it does not have are False or 0."""
+    table = table[..., start : start + length]
+    missing = length - table.shape[-1]
+    return torch.nn.functional.pad(table, (0, missing)) if missing else table
