@@ -319,7 +319,7 @@ def _prepare(engine: Engine, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _scope(model: Any, kwargs: dict[str, Any]) -> Scope | None:
     tokens = next((kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
     if not isinstance(tokens, torch.Tensor):
-        return Scope(1, 1, None, None, 1) if tokens is None else None
+        return Scope(1, None, None, 1, False) if tokens is None else None
     config = kwargs.get("generation_config") or model.generation_config
 
     def option(name: str) -> int:
@@ -329,4 +329,4 @@ def _scope(model: Any, kwargs: dict[str, Any]) -> Scope | None:
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
     expand = max(option("num_beams"), option("num_return_sequences"))
-    return Scope(tokens.shape[1], tokens.shape[0], tokens, mask, expand)
+    return Scope(tokens.shape[1], tokens, mask, expand, option("num_beams") > 1)

@@ -95,9 +95,8 @@ class Site(Guarded):
 class Scope:
     """One wrapped `generate`: its inputs say what the prompt is, whatever forwards run inside."""
 
-    def __init__(self, width: int, batch: int, ids: torch.Tensor | None, mask: torch.Tensor | None, expand: int) -> None:
-        self.width, self.batch, self.ids, self.mask, self.expand = width, batch, ids, mask, expand
-        self.started = False
+    def __init__(self, width: int, ids: torch.Tensor | None, mask: torch.Tensor | None, expand: int, beams: bool) -> None:
+        self.width, self.ids, self.mask, self.expand, self.beams = width, ids, mask, expand, beams
 
 
 class Engine(Guarded):
@@ -205,7 +204,10 @@ class Engine(Guarded):
     def _prompt(self, cache: Cache | None, seen: int, batch: int, length: int, mask: torch.Tensor | None,
                 tokens: torch.Tensor) -> Prompt:
         scope = self.scope
-        if cache is not None and seen and (found := self.prompts.get(cache)) and (scope is None or found[0] is scope):
+        lengths = self.prompt_lengths
+        found = self.prompts.get(cache) if cache is not None and seen else None
+        # A cache that was cropped into its prompt begins another one, as does another generate on an old cache.
+        if found and (found[0] is scope if scope else lengths is not None or seen >= found[1].width):
             if found[1].batch == batch:
                 return found[1]
             raise UnsupportedError(f"the cache holds a prompt of {found[1].batch} rows, this forward has {batch}")
@@ -219,12 +221,12 @@ class Engine(Guarded):
         elif mask is not None and mask.shape[1] < width:
             # The first chunk of a prompt that comes in several: what follows left padding is tokens.
             real = torch.nn.functional.pad(mask.bool(), (0, width - mask.shape[1]), value=True)
-        lengths = self.prompt_lengths
         if lengths is not None:
             if batch % len(lengths):
                 raise SteeringStateError(f"prompt_lengths has {len(lengths)} entries, the batch {batch} rows")
             lengths = tuple(n for n in lengths for _ in range(batch // len(lengths)))
         prompt = Prompt.start(width, real, batch, tokens.device, lengths)
+        prompt.beams = scope is not None and scope.beams
         if cache is not None:
             self.prompts[cache] = (scope, prompt)
         return prompt

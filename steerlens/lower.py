@@ -131,6 +131,10 @@ def _sinks(
         state = SinkState(total.new_zeros(0, dtype=torch.bool), total, observers)
         state.keys = _select(rule, state, now)
         prompt.sinks[item.key] = state
+    if rule.running and prompt.beams:
+        raise UnsupportedError(
+            "act with decode='running' keeps sums per row, which beams reorder: use num_beams=1 or decode='frozen'"
+        )
     if rule.running and now.columns > prompt.width:
         if now.q_len > 1:
             raise UnsupportedError(

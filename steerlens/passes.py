@@ -42,6 +42,7 @@ class Prompt:
         first: column of the first real token, int64 [B].
         stop: column after the last real prompt token, int64 [B].
         real: real prompt columns, bool [B, width], or `None` if all are.
+        beams: whether rows will be reordered between forwards.
         sinks: states of the edits that find sinks, by (context, layer, edit).
     """
 
@@ -50,6 +51,7 @@ class Prompt:
     first: torch.Tensor
     stop: torch.Tensor
     real: torch.Tensor | None
+    beams: bool = False
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
     _spans: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 

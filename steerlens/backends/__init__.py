@@ -30,5 +30,5 @@ def attention(name: str, call: Call) -> torch.Tensor:
     if name == "reference":
         return reference.attention(call)
     if name == "auto" and call.softcap is not None:
-        return reference.attention(call, budget=sdpa._budget(call))
+        return reference.attention(call, budget=sdpa.budget(call))
     return sdpa.attention(call)

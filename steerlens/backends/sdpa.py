@@ -300,7 +300,7 @@ def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse
     """Column sums of the edit's heads under `terms`: fused and transposed where visibility is plain, else in blocks."""
     square = call.offset == 0 and call.query.shape[2] == call.key.shape[2]
     if lse is None or not call.plain or not square or call.query.shape[2] <= FEW_ROWS:
-        return reference.summer(call, _biases(call, terms), chosen.heads, budget=_budget(call))
+        return reference.summer(call, _biases(call, terms), chosen.heads, budget=budget(call))
 
     def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = chosen.inputs(whole)
@@ -337,6 +337,6 @@ def _biases(call: Call, terms: list[Term]) -> list[reference.Resolved]:
     return found
 
 
-def _budget(call: Call) -> int:
+def budget(call: Call) -> int:
     """Weights held at once, so that memory stays within a layer's own q, k and v."""
     return max(call.query.numel() // 4, 1 << 16)

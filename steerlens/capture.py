@@ -1,0 +1,183 @@
+"""`capture`: summaries of the attention that was finally used, without keeping its matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from steerlens.attach import unwrap
+from steerlens.backends import reference, sdpa
+from steerlens.backends.call import Call
+from steerlens.edits import FirstToken, SpanKeys
+from steerlens.engine import Engine
+from steerlens.errors import SpanError, UnsupportedError, nearest
+from steerlens.heads import Heads
+from steerlens.passes import Pass, fit
+from steerlens.spans import Spans
+
+STATS = ("mass", "entropy", "argmax", "lse", "column_mean")
+PADDING = {"mass": torch.nan, "entropy": torch.nan, "lse": torch.nan, "argmax": -1}
+
+
+@dataclass
+class LayerRecord:
+    """What was captured in one layer; fp32 on the layer's device, forwards appended along Tq, pads NaN.
+
+    Attributes:
+        heads: query heads along H.
+        mass: attention mass per span group, [B, H, Tq, G], G as `Record.groups`.
+        entropy: of each row in nats, [B, H, Tq].
+        argmax: padded column of the most attended key, int64 [B, H, Tq]; lowest column on a tie, -1 for pads.
+        lse: log-sum-exp of the scaled, masked logits before any edit, in nats, [B, H, Tq].
+        column_mean: mean weight of a key over the captured real rows that see it, [B, H, Tk].
+    """
+
+    heads: tuple[int, ...]
+    mass: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    argmax: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    column_mean: torch.Tensor | None = None
+    _sums: torch.Tensor | None = field(default=None, repr=False)
+    _counts: torch.Tensor | None = field(default=None, repr=False)
+
+
+class Record:
+    """Captured statistics: `record[layer]`, filled by every forward inside the context.
+
+    Attributes:
+        groups: names of the last axis of `mass`: the span groups, or `("first_token",)` without spans.
+        stats: the statistics recorded.
+    """
+
+    def __init__(self, model: Any, spans: Any, stats: Sequence[str], rows: str, heads: Any) -> None:
+        for stat in stats:
+            if stat not in STATS:
+                raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(STATS)}{nearest(stat, STATS)}")
+        if rows not in ("all", "last"):
+            raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last' (the last row of each forward)")
+        base = getattr(unwrap(model), "base_model", None)
+        if not isinstance(base, torch.nn.Module):
+            raise UnsupportedError(f"{type(model).__name__} is not a transformers model")
+        self._engine = Engine.of(base)
+        self.stats, self.rows = tuple(stats), rows
+        self.spans = None if spans is None else Spans.of(spans)
+        named = self.spans is not None and self.spans.groups
+        self.groups: tuple[str, ...] = tuple(self.spans.groups) if self.spans and named else ("first_token",)
+        self._heads = Heads.parse(heads).resolve(self._engine.facts)
+        self._layers: dict[int, LayerRecord] = {layer: LayerRecord(found) for layer, found in self._heads.items()}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Captured layers."""
+        return tuple(self._layers)
+
+    def __getitem__(self, layer: int) -> LayerRecord:
+        if layer not in self._layers:
+            raise KeyError(f"layer {layer} is not captured; captured: {list(self._layers)}")
+        return self._layers[layer]
+
+    def __enter__(self) -> Self:
+        self._engine = Engine.of(self._engine.base)
+        self._engine.records.append(self)
+        self._engine.update()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._engine.records.remove(self)
+        self._engine.update()
+
+    def check_rows(self, batch: int) -> None:
+        """Raise `SpanError` if the spans cannot be of a batch of `batch` rows."""
+        if self.spans is not None and self.spans.groups and batch % self.spans.rows:
+            raise SpanError(f"spans describe {self.spans.rows} prompt rows, the batch has {batch}")
+
+    def observe(self, layer: int, call: Call, now: Pass) -> None:
+        """Record one attention call."""
+        if layer not in self._layers:
+            return
+        self.check_rows(call.query.shape[0])
+        record, heads = self._layers[layer], list(self._heads[layer])
+        length, start = now.keys[layer]
+        edits = reference.resolve(call, sdpa.budget(call))
+        groups = self._group_keys(now, length, start)
+        first = call.query.shape[2] - 1 if self.rows == "last" else 0
+        real = now.real_rows()
+        real = torch.ones(call.query.shape[0], now.q_len, dtype=torch.bool) if real is None else real
+        real = real.to(call.query.device)
+        parts: dict[str, list[torch.Tensor]] = {stat: [] for stat in self.stats if stat in PADDING}
+        for block in reference.blocks(call, sdpa.budget(call), len(heads)):
+            rows = slice(max(block.start, first), block.stop)
+            if rows.start >= rows.stop:
+                continue
+            a = reference.weights(call, edits, rows, heads).float()
+            for stat, values in self._rows(a, call, rows, heads, groups, start).items():
+                keep = real[:, None, rows]
+                keep = keep[..., None] if values.ndim == 4 else keep
+                parts[stat].append(torch.where(keep, values, PADDING[stat]))
+            if "column_mean" in self.stats:
+                self._columns(record, a, call, rows, heads, real, now.columns, start)
+        for stat, found in parts.items():
+            joined, before = torch.cat(found, 2), getattr(record, stat)
+            setattr(record, stat, joined if before is None else torch.cat([before, joined], 2))
+        if record._sums is not None and record._counts is not None:
+            mean = record._sums / record._counts.clamp(min=1)
+            known = torch.ones_like(mean[:, :1], dtype=torch.bool) if now.real is None else now.real[:, None]
+            record.column_mean = torch.where(known & (record._counts > 0), mean, torch.nan)
+
+    def _rows(
+        self, a: torch.Tensor, call: Call, rows: slice, heads: list[int], groups: torch.Tensor, start: int
+    ) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        if "mass" in self.stats:
+            found["mass"] = torch.einsum("bhrk,bgk->bhrg", a, groups.float())
+        if "entropy" in self.stats:
+            found["entropy"] = torch.special.entr(a).sum(-1)
+        if "argmax" in self.stats:
+            # argmax does not promise the first of equal maxima.
+            found["argmax"] = (a == a.amax(-1, keepdim=True)).long().cummax(-1).values.eq(0).sum(-1) + start
+        if "lse" in self.stats:
+            found["lse"] = reference.logits(call, rows, heads).logsumexp(-1).float()
+        return found
+
+    def _columns(
+        self, record: LayerRecord, a: torch.Tensor, call: Call, rows: slice, heads: list[int], real: torch.Tensor,
+        columns: int, start: int,
+    ) -> None:
+        counted = real[:, None, rows, None]
+        visible = call.visible(rows)
+        seen = (visible if visible.shape[1] == 1 else visible[:, heads]) & counted
+        place = (start, columns - start - a.shape[-1])
+        sums = torch.nn.functional.pad((a * counted).sum(2), place)
+        counts = torch.nn.functional.pad(seen.sum(2).float(), place)
+        if record._sums is None or record._counts is None:
+            record._sums, record._counts = sums, counts
+        else:
+            record._sums = fit(record._sums, columns) + sums
+            record._counts = fit(record._counts, columns) + counts
+
+    def _group_keys(self, now: Pass, length: int, start: int) -> torch.Tensor:
+        keys = [FirstToken()] if self.spans is None or not self.spans.groups else [SpanKeys(g) for g in self.groups]
+        return torch.stack([fit(now.key_columns(k, self.spans), length, start) for k in keys], 1)
+
+
+def capture(
+    model: Any, spans: Any = None, stats: Sequence[str] = STATS, rows: str = "all", heads: Any = "all"
+) -> Record:
+    """Record attention statistics of every forward inside the context, after any steering.
+
+    Args:
+        model: a transformers decoder model.
+        spans: groups whose mass is recorded: `Spans`, or a list of (start, stop) ranges per prompt row.
+        stats: some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`.
+        rows: `all` query rows, or the `last` of each forward.
+        heads: a head specification.
+
+    Raises:
+        ValueError: for an unknown statistic or choice of rows. HeadError, SpanError, UnsupportedError: as `steer`.
+    """
+    return Record(model, spans, stats, rows, heads)

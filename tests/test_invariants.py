@@ -1,0 +1,341 @@
+"""DESIGN §5, on tiny random models: native × backend × padding × prefill/decode × MHA/GQA/MQA × method."""
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+import torch
+from small_models import FAMILIES, build
+from transformers import DynamicCache, StaticCache
+
+import steerlens
+from steerlens import backends
+from steerlens.backends.call import Call
+from steerlens.edits import FirstToken, PromptKeys, Reweight, Scale
+from steerlens.errors import UnsupportedError
+from steerlens.facts import ModelFacts
+from steerlens.lower import Placed, lower
+from steerlens.methods import ACT, PASTA, EditMethod, HeadMask, PerRow, ZeroTuning
+from steerlens.passes import Pass, Prompt
+from steerlens.spans import Spans
+
+HEADS = {0: [0, 3, 5], 1: [7], 2: "*"}
+METHODS = {
+    "zerotuning": ZeroTuning(3.0, heads=HEADS),
+    "pasta": PASTA(0.05, heads=HEADS),
+    "pasta-published": PASTA(0.2, sections="published", heads=HEADS),
+    "act": ACT(0.3, 0.08, heads=HEADS),
+    "act-first-sink": ACT(0.0, 0.08, spare="first_sink", heads=HEADS),
+    "headmask": HeadMask({0: [1, 2], 2: [0]}),
+    "headmask-zero": HeadMask({0: [1, 2], 2: [0]}, mode="zero", phase="decode"),
+    "composed": [ZeroTuning(2.0), ACT(0.3, 0.08, heads=HEADS), PASTA(0.3, heads={1: "*"}), HeadMask({1: [0], 2: [3]})],
+}
+SPANS = {None: [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]], "left": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]],
+         "right": [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]]}
+SMALL_GRID = {("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gpt2", "sdpa")}
+
+
+GRID = [
+    pytest.param(family, native, id=f"{family}-{native}",
+                 marks=[] if (family, native) in SMALL_GRID else [pytest.mark.full])
+    for family in FAMILIES for native in ("sdpa", "eager")
+    if (family, native) != ("gemma2", "sdpa")  # transformers has no sdpa for soft-capped logits
+]
+
+
+def apart(got, expected, mask=None):
+    """Largest difference over the largest value, on real positions."""
+    if mask is not None:
+        got, expected = got[mask.bool()], expected[mask.bool()]
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def logits(model, ids, mask, methods=(), spans=None, **options):
+    with steerlens.steer(model, methods, spans, **options):
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(EditMethod):
+    """Forces every layer through the routed path and changes nothing."""
+
+    name: ClassVar[str] = "identity"
+    source: ClassVar[str] = "test"
+    summary: ClassVar[str] = "test"
+
+    def plan(self, facts, spans):
+        edit = [Reweight(tuple(range(h)), FirstToken(), Scale(0.0)) for h in facts.heads]
+        return {layer: (edit[layer],) for layer in range(facts.layers)}
+
+
+@pytest.mark.parametrize(("family", "native"), GRID)
+@pytest.mark.parametrize("side", [None, "left", "right"])
+class TestPrefill:
+    def test_neutral_is_native_bit_for_bit(self, family, native, side, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts(side)
+        base = logits(model, ids, mask)
+        neutral = [ZeroTuning(1), PASTA(1), ACT(1), HeadMask({})]
+        with steerlens.steer(model, neutral, SPANS[side]) as steered:
+            assert torch.equal(logits(model, ids, mask), base)
+            assert steered.plan == {} and steered.report() == {}
+
+    @pytest.mark.parametrize("backend", ["reference", "auto"])
+    def test_routed_identity_is_native(self, family, native, side, backend, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts(side)
+        assert apart(logits(model, ids, mask, Identity(), backend=backend), logits(model, ids, mask), mask) < 1e-5
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_backends_agree_and_something_moves(self, family, native, side, name, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts(side)
+        before = logits(model, ids, mask)
+        got, expected = (
+            logits(model, ids, mask, METHODS[name], SPANS[side], backend=b) for b in ("auto", "reference")
+        )
+        assert apart(got, expected, mask) < 1e-4
+        assert apart(expected, before, mask) > 1e-3
+        assert torch.equal(logits(model, ids, mask), before)
+
+
+@pytest.mark.parametrize(("family", "native"), GRID)
+@pytest.mark.parametrize("name", METHODS)
+class TestDecoding:
+    def test_a_padded_row_is_the_row_alone(self, family, native, name, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts("left")
+        together = generate(model, METHODS[name], SPANS["left"], ids, mask)
+        for row in range(3):
+            pads = int((1 - mask[row]).sum())
+            spans = [[(a - pads, b - pads) for a, b in SPANS["left"][row]]]
+            alone = generate(model, METHODS[name], spans, ids[row : row + 1, pads:], mask[row : row + 1, pads:])
+            assert apart(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0]) < 1e-4
+
+    def test_cached_decode_is_recomputation(self, family, native, name, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts("left")
+        cached = generate(model, METHODS[name], SPANS["left"], ids, mask)
+        again = generate(model, METHODS[name], SPANS["left"], ids, mask, use_cache=False)
+        assert torch.equal(cached.sequences, again.sequences)
+        assert apart(torch.stack(cached.logits), torch.stack(again.logits)) < 1e-4
+
+    def test_chunked_prefill_is_one_shot_or_refused(self, family, native, name, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts("left")
+        whole = generate(model, METHODS[name], SPANS["left"], ids, mask)
+        methods = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]]
+        if not all(m.chunk_exact for m in methods):
+            with pytest.raises(UnsupportedError, match="whole prompt"):
+                generate(model, METHODS[name], SPANS["left"], ids, mask, prefill_chunk_size=7)
+            return
+        chunked = generate(model, METHODS[name], SPANS["left"], ids, mask, prefill_chunk_size=7)
+        assert torch.equal(whole.sequences, chunked.sequences)
+        assert apart(torch.stack(chunked.logits), torch.stack(whole.logits)) < 1e-4
+
+    def test_backends_agree(self, family, native, name, model_of, prompts):
+        model, (ids, mask) = model_of(family, native), prompts("left")
+        one, two = (generate(model, METHODS[name], SPANS["left"], ids, mask, backend=b) for b in ("auto", "reference"))
+        assert torch.equal(one.sequences, two.sequences)
+        assert apart(torch.stack(one.logits), torch.stack(two.logits)) < 1e-4
+
+
+def generate(model, methods, spans, ids, mask, backend="auto", **options):
+    with steerlens.steer(model, methods, spans, backend=backend):
+        return model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("name", ["zerotuning", "pasta", "headmask"])
+def test_causal_methods_look_at_nothing_later(family, name, model_of, prompts):
+    model, (ids, mask) = model_of(family), prompts(None)
+    changed = ids.clone()
+    changed[:, 15:] = 5
+    one, two = (logits(model, t, mask, METHODS[name], SPANS[None]) for t in (ids, changed))
+    assert METHODS[name].causal and apart(two[:, :15], one[:, :15]) < 1e-5
+    assert not ACT.causal
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_two_heads_of_one_kv_group(backend, model_of, prompts):
+    """Heads 0..3 share a key/value head; steering head 1 leaves the outputs of the others as they are."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    seen = {}
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen.setdefault("x", a[0]))
+    outputs = []
+    for methods in ((), ZeroTuning(4.0, heads={0: [1]}), ACT(0.0, 0.05, heads={0: [1]}), HeadMask({0: [1]})):
+        seen.clear()
+        logits(model, ids, mask, methods, backend=backend)
+        outputs.append(seen["x"].unflatten(-1, (8, 8))[mask.bool()])
+    hook.remove()
+    for steered in outputs[1:]:
+        assert apart(steered[:, [0, 2, 3, 4, 5, 6, 7]], outputs[0][:, [0, 2, 3, 4, 5, 6, 7]]) < 1e-5
+        assert apart(steered[:, 1], outputs[0][:, 1]) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_key_outside_the_window_is_a_no_op(backend, model_of, prompts):
+    """Window 12 of 30 tokens: late rows of a one-layer model no longer see token 0, and nothing is NaN."""
+    model = build("mistral", num_hidden_layers=1)
+    ids, mask = prompts(None, lengths=(30, 30))
+    base, steered = (logits(model, ids, mask, m, backend=backend) for m in ((), ZeroTuning(9.0)))
+    assert apart(steered[:, 12:], base[:, 12:]) < 1e-6
+    assert apart(steered[:, 1:12], base[:, 1:12]) > 1e-3
+    out = generate(model, ZeroTuning(9.0), None, ids, mask, backend=backend)
+    plain = generate(model, (), None, ids, mask)
+    assert apart(torch.stack(out.logits), torch.stack(plain.logits)) < 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("options", [
+    {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "seed": 3}, {"num_beams": 2, "num_return_sequences": 2},
+], ids=["beams", "sampling", "beams+returns"])
+def test_repeated_rows(name, options, model_of, prompts):
+    """Beams and return sequences: both backends agree, and row 1 of the batch is row 1 alone."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    seed, options = options.get("seed"), {k: v for k, v in options.items() if k != "seed"}
+
+    def run(spans, ids, mask, backend):
+        torch.manual_seed(seed or 0)
+        with steerlens.steer(model, METHODS[name], spans, backend=backend):
+            return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, **({"do_sample": False} | options))
+
+    assert torch.equal(run(SPANS["left"], ids, mask, "auto"), run(SPANS["left"], ids, mask, "reference"))
+    if seed is None:
+        together = run(SPANS["left"], ids, mask, "auto")
+        returns = len(together) // 3
+        alone = run([[(a - 7, b - 7) for a, b in SPANS["left"][1]]], ids[1:2, 7:], mask[1:2, 7:], "auto")
+        assert torch.equal(together[returns : 2 * returns, 7:], alone)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
+@pytest.mark.parametrize("name", METHODS)
+def test_static_cache_is_the_dynamic_one(family, name, model_of, prompts):
+    model, (ids, mask) = model_of(family), prompts("left")
+    plain = generate(model, METHODS[name], SPANS["left"], ids, mask)
+    static = generate(model, METHODS[name], SPANS["left"], ids, mask, cache_implementation="static")
+    assert torch.equal(plain.sequences, static.sequences)
+    assert apart(torch.stack(static.logits), torch.stack(plain.logits)) < 1e-4
+
+
+def test_bare_forward_with_a_static_cache(model_of, prompts):
+    """The unwritten slots of a static cache are no keys: a uniform head's mean must not count them."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts(None)
+    method = [HeadMask({0: "*"}), ZeroTuning(3.0, heads={1: "*"})]
+    found = []
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+        with torch.no_grad(), steerlens.steer(model, method):
+            first = model(ids, past_key_values=cache).logits[:, -1:]
+            found.append(torch.cat([first, model(ids[:, :1], past_key_values=cache).logits], 1))
+    assert apart(found[1], found[0]) < 1e-5
+
+
+def one_call(name, q, k, v, backend, heads, spans, edits=True):
+    """A method on one attention call, q [B, 8, T, D] over two key/value heads."""
+    methods = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]]
+    methods = [dataclasses.replace(m, heads={0: [1, 6]} if isinstance(m, HeadMask) else heads) for m in methods]
+    spans = Spans.of(spans)
+    now = Pass(Prompt.start(q.shape[2], None, q.shape[0], q.device), 0, q.shape[2], None, True, {0: (q.shape[2], 0)})
+    call = Call(q, k, v, None, q.shape[-1] ** -0.5, None, 0, None, True)
+    plans = [e for m in methods for e in m.plan(ModelFacts("x", "llama", 1, (8,), (2,)), spans)[0]] if edits else []
+    call.edits = lower([Placed(e, spans, i, None) for i, e in enumerate(plans)], now, 0, 8)
+    return backends.attention(backend, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_sixteen_bit_error(dtype, name):
+    """DESIGN §5.2: at most twice SDPA's own error against fp32 plus one rounding."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, h, 200, 64).to(dtype) for h in (8, 2, 2))
+    spans = [[(40, 60), (90, 95)], [(3, 70)]]
+    q[..., 0] += 3
+    k[:, :, [4, 30, 31], 0] += 10  # sinks
+    wide = (q.float(), k.float(), v.float())
+    exact = one_call(name, *wide, "reference", "all", spans)
+    plain = one_call(name, *wide, "reference", "all", spans, edits=False)
+    own = (one_call(name, q, k, v, "sdpa", "all", spans, edits=False).float() - plain).abs().max()
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (exact - plain).abs().max() > 0.1
+    assert (one_call(name, q, k, v, "sdpa", "all", spans).float() - exact).abs().max() <= 2 * own + rounding
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients(backend, name):
+    """gradcheck in fp64, over more rows than the few that take the additive path."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, h, 18, 3, dtype=torch.float64, requires_grad=True) for h in (8, 2, 2)]
+
+    def run(q, k, v):
+        return one_call(name, q, k, v, backend, {0: [0, 3, 5]}, [[(4, 6), (11, 12)]])
+
+    assert torch.autograd.gradcheck(run, tensors, atol=1e-6, rtol=1e-4, fast_mode=True)
+
+
+def test_no_mask_at_all_is_an_all_ones_mask(model_of, prompts):
+    """lm-eval's log-likelihood calls: right-padded, no mask."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("right")
+    for name, method in METHODS.items():
+        assert torch.equal(logits(model, ids, None, method, SPANS["right"]),
+                           logits(model, ids, torch.ones_like(mask), method, SPANS["right"])), name
+
+
+@pytest.mark.parametrize("name", ["pasta", "act", "headmask-zero"])
+def test_prompt_lengths_tell_continuations_apart(name, model_of, prompts):
+    """Prompt and continuation in one bare forward equal the prompt and forced decoding."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts(None, lengths=(24, 24))
+    spans, lengths = [[(3, 6)], [(9, 12)]], (20, 18)
+    once = logits(model, ids, None, METHODS[name], spans, prompt_lengths=lengths)
+    assert apart(once, logits(model, ids, None, METHODS[name], spans)) > 1e-4
+    for row, length in enumerate(lengths):
+        with torch.no_grad(), steerlens.steer(model, METHODS[name], spans[row : row + 1]):
+            out = model(ids[row : row + 1, :length])
+            parts, cache = [out.logits], out.past_key_values
+            for column in range(length, 24):
+                parts.append(model(ids[row : row + 1, column : column + 1], past_key_values=cache).logits)
+        assert apart(once[row : row + 1], torch.cat(parts, 1)) < 1e-4
+
+
+def test_rows_steered_each_their_own_way(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    rows = [ZeroTuning(4.0), None, PASTA(0.05, heads={1: [2]})]
+    spans = SPANS["left"]
+    for backend in ("auto", "reference"):
+        together = generate(model, PerRow(rows), spans, ids, mask, backend=backend)
+        for row, method in enumerate(rows):
+            alone = generate(model, [method] if method else [], spans, ids, mask)
+            assert apart(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, row]) < 1e-4
+    beams = generate(model, PerRow(rows), spans, ids, mask, num_beams=2)
+    alone = generate(model, rows[0], spans, ids, mask, num_beams=2)
+    assert torch.equal(beams.sequences[0], alone.sequences[0])
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_users_own_4d_mask(kind, model_of, prompts):
+    """A 4-D mask that hides a key is honoured, by both backends alike; -inf-like floats and bools are one thing."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    visible = torch.ones(20, 20, dtype=torch.bool).tril().expand(3, 1, 20, 20).clone()
+    visible[:, :, 8:, 5] = False
+    mask = visible if kind == "bool" else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for name, method in METHODS.items():
+        got, expected = (logits(model, ids, mask, method, SPANS[None], backend=b) for b in ("auto", "reference"))
+        assert apart(got, expected) < 1e-4, name
+        assert apart(logits(model, ids, None, method, SPANS[None]), expected) > 1e-3, name
+
+
+def test_a_4d_mask_with_real_biases(model_of, prompts):
+    """A user's ALiBi-like bias stays under the steering; a uniform head ignores it."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    bias = torch.where(distance >= 0, -0.3 * distance.float(), torch.finfo(torch.float32).min).expand(3, 1, 20, 20)
+    for name, method in METHODS.items():
+        got, expected = (logits(model, ids, bias, method, SPANS[None], backend=b) for b in ("auto", "reference"))
+        assert apart(got, expected) < 1e-4, name
+
+
+def test_prompt_keys_alone():
+    """`PromptKeys` without sections means every prompt token of every row."""
+    now = Pass(
+        Prompt.start(4, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool(), 2, torch.device("cpu")), 4, 1,
+        None, True, {},
+    )
+    assert now.key_columns(PromptKeys(), None).tolist() == [[True] * 4 + [False]] * 2

@@ -1,0 +1,400 @@
+"""What `steer` promises around the numbers: routing, restoring, composing, refusing, reporting."""
+
+import copy
+import pickle
+import threading
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from small_models import build
+from transformers import TextIteratorStreamer
+
+import steerlens
+from steerlens.errors import (
+    HeadError,
+    MethodError,
+    NotReachedError,
+    SpanError,
+    SteeringStateError,
+    UnsupportedError,
+)
+from steerlens.methods import ACT, PASTA, DecodingMethod, HeadMask, PerRow, PromptMethod, ZeroTuning, from_dict, names
+
+STRONG = ZeroTuning(9.0)
+
+
+@pytest.fixture
+def model(model_of):
+    return model_of("llama-gqa")
+
+
+@torch.no_grad()
+def run(model, ids, **options):
+    return model(ids, **options).logits
+
+
+def fingerprint(model):
+    """Everything that steering may touch."""
+    return (
+        set(model.__dict__), set(model.model.__dict__), model.config._attn_implementation,
+        [id(layer.self_attn.config) for layer in model.model.layers], [set(x.self_attn.__dict__) for x in model.model.layers],
+        len(model.model._forward_pre_hooks), len(model.model._forward_hooks), getattr(model.generate, "__func__", model.generate),
+    )
+
+
+class TestRestoring:
+    def test_exit_leaves_nothing(self, model, prompts):
+        ids, _ = prompts()
+        before, base = fingerprint(model), run(model, ids)
+        with steerlens.steer(model, [STRONG, HeadMask({1: [2]})]):
+            assert fingerprint(model) != before and not torch.equal(run(model, ids), base)
+        assert fingerprint(model) == before and torch.equal(run(model, ids), base)
+
+    def test_exception_inside(self, model, prompts):
+        before = fingerprint(model)
+        with pytest.raises(KeyboardInterrupt), steerlens.steer(model, STRONG):
+            raise KeyboardInterrupt
+        assert fingerprint(model) == before
+
+    def test_exception_in_the_middle_of_a_forward(self, model, prompts):
+        ids, _ = prompts()
+        base, before = run(model, ids), fingerprint(model)
+
+        def fail(*args):
+            raise KeyboardInterrupt
+
+        with steerlens.steer(model, STRONG):
+            steered = run(model, ids)
+            hook = model.model.layers[1].register_forward_pre_hook(fail)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(ids, max_new_tokens=3)
+            hook.remove()
+            assert torch.equal(run(model, ids), steered)
+        assert fingerprint(model) == before and torch.equal(run(model, ids), base)
+
+    def test_contexts_left_in_any_order(self, model, prompts):
+        ids, _ = prompts()
+        base = run(model, ids)
+        one, two = steerlens.steer(model, STRONG), steerlens.steer(model, HeadMask({1: "*"}))
+        one.attach()
+        alone = run(model, ids)
+        two.attach()
+        both = run(model, ids)
+        one.detach()
+        second = run(model, ids)
+        two.detach()
+        with steerlens.steer(model, HeadMask({1: "*"})):
+            assert torch.equal(run(model, ids), second)
+        with steerlens.steer(model, [STRONG, HeadMask({1: "*"})]):
+            assert torch.equal(run(model, ids), both)
+        assert not torch.equal(alone, both) and torch.equal(run(model, ids), base)
+
+    def test_unsteered_layers_stay_native(self, model):
+        with steerlens.steer(model, ZeroTuning(2.0, heads={1: [0]})):
+            names = [layer.self_attn.config._attn_implementation for layer in model.model.layers]
+        assert names == ["sdpa", "steerlens", "sdpa"] and model.config._attn_implementation == "sdpa"
+
+    def test_weights_can_be_saved_while_steered(self, model, tmp_path):
+        with steerlens.steer(model, STRONG):
+            model.save_pretrained(tmp_path)
+        assert "steerlens" not in (tmp_path / "config.json").read_text()
+
+
+class TestComposition:
+    def test_nested_is_listed(self, model, prompts):
+        ids, _ = prompts()
+        spans = [[(4, 7)], [(5, 6)], [(9, 12)]]
+        with steerlens.steer(model, STRONG), steerlens.steer(model, [PASTA(0.1)], spans):
+            nested = run(model, ids)
+        with steerlens.steer(model, [STRONG, PASTA(0.1)], spans):
+            assert torch.equal(run(model, ids), nested)
+
+    def test_static_biases_add_up(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, [ZeroTuning(2.0), ZeroTuning(3.0)]):
+            twice = run(model, ids)
+        with steerlens.steer(model, ZeroTuning(6.0)):
+            assert (run(model, ids) - twice).abs().max() < 1e-4
+
+    def test_ablation_wins_wherever_it_stands(self, model, prompts):
+        ids, _ = prompts()
+        mask = HeadMask({0: "*", 1: "*", 2: "*"}, mode="zero")
+        with steerlens.steer(model, mask):
+            alone = run(model, ids)
+        with steerlens.steer(model, [mask, STRONG]):
+            assert torch.equal(run(model, ids), alone)
+
+    def test_two_backends_on_one_model(self, model):
+        with steerlens.steer(model, STRONG, backend="reference"):
+            with pytest.raises(SteeringStateError, match="different backends"):
+                steerlens.steer(model, STRONG, backend="sdpa").attach()
+            steerlens.steer(model, STRONG, backend="auto").attach().detach()
+
+
+class TestSafety:
+    @pytest.mark.parametrize("act", [
+        copy.deepcopy, pickle.dumps, lambda m: copy.deepcopy(m.model.layers[0]), lambda m: m.set_attn_implementation("eager"),
+    ], ids=["deepcopy", "pickle", "deepcopy-layer", "set_attn_implementation"])
+    def test_refused_while_steered(self, model, act):
+        with steerlens.steer(model, STRONG), pytest.raises(SteeringStateError, match=r"steer\(llama, zerotuning\)"):
+            act(model)
+        copy.deepcopy(model)
+
+    def test_attach_from_a_second_thread(self, model):
+        caught = []
+
+        def attach():
+            try:
+                steerlens.steer(model, STRONG).attach()
+            except SteeringStateError as error:
+                caught.append(str(error))
+
+        with steerlens.steer(model, STRONG):
+            thread = threading.Thread(target=attach)
+            thread.start()
+            thread.join()
+        assert caught and "another thread" in caught[0]
+
+    def test_generate_in_another_thread_is_steered(self, model, prompts):
+        ids, _ = prompts(None, lengths=(9,))
+
+        class Words:
+            def decode(self, tokens, **kwargs):
+                return " ".join(map(str, tokens)) + " "
+
+        with steerlens.steer(model, STRONG):
+            expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, 9:].tolist()
+            streamer = TextIteratorStreamer(Words(), skip_prompt=True)
+            options = {"max_new_tokens": 5, "do_sample": False, "streamer": streamer}
+            thread = threading.Thread(target=model.generate, args=(ids,), kwargs=options)
+            thread.start()
+            text = "".join(streamer)
+            thread.join()
+        assert text.split() == [str(t) for t in expected]
+        assert model.generate(ids, max_new_tokens=5, do_sample=False)[0, 9:].tolist() != expected
+
+    def test_a_layer_that_is_never_called(self):
+        model = build("llama-gqa")
+        ids = torch.arange(3, 9)[None]
+        with steerlens.steer(model, STRONG):
+            model.model.layers[1].self_attn.forward = lambda hidden_states, **kw: (hidden_states, None)
+            for call in (model, lambda x: model.generate(x, max_new_tokens=2)):
+                with pytest.raises(NotReachedError, match=r"layers \[1\]"):
+                    call(ids)
+
+    def test_other_families_are_refused_by_name(self):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=20)
+        with pytest.raises(UnsupportedError, match="'bloom'.*llama"):
+            steerlens.steer(AutoModelForCausalLM.from_config(config), STRONG)
+        with pytest.raises(UnsupportedError, match="Linear"):
+            steerlens.steer(torch.nn.Linear(2, 2), STRONG)
+
+    def test_dropout_is_refused(self, prompts):
+        model = build("llama-gqa", attention_dropout=0.1).train()
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="dropout"):
+            model(prompts()[0])
+
+    def test_unknown_attention_arguments_are_refused(self, model, prompts):
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="cu_seq_lens_q"):
+            model(prompts()[0], cu_seq_lens_q=torch.tensor([0, 4]))
+
+    def test_soft_cap_on_a_named_backend(self, model_of, prompts):
+        with steerlens.steer(model_of("gemma2", "eager"), STRONG, backend="sdpa"), pytest.raises(UnsupportedError, match="softcap"):
+            model_of("gemma2", "eager")(prompts()[0])
+
+    @pytest.mark.parametrize(("backend", "error"), [("triton", UnsupportedError), ("sdpaa", ValueError)])
+    def test_backends_that_are_not_there(self, model, backend, error):
+        with pytest.raises(error, match=backend):
+            steerlens.steer(model, STRONG, backend=backend)
+
+    def test_attentions_are_given_by_the_reference_alone(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, STRONG, backend="reference"):
+            weights = model(ids, output_attentions=True).attentions
+        assert all((w.sum(-1) - 1).abs().max() < 1e-5 for w in weights)
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="capture"):
+            model(ids, output_attentions=True)
+
+    def test_running_act_refuses_what_its_state_cannot_follow(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, ACT(0.3, 0.08, decode="running")):
+            model.generate(ids, max_new_tokens=3, do_sample=False)
+            with pytest.raises(UnsupportedError, match="running"):
+                model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+            with pytest.raises(UnsupportedError, match="beams"):
+                model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False)
+
+
+class TestSpans:
+    def test_needed(self, model):
+        with pytest.raises(SpanError, match="pasta needs"):
+            steerlens.steer(model, PASTA())
+
+    @pytest.mark.parametrize(("spans", "message"), [
+        ([[(3, 2)]], "not a range"), ([(1, 3)], "one list per prompt row"), ([[(1, 2, 3)]], "one list per prompt row"),
+    ])
+    def test_malformed(self, model, spans, message):
+        with pytest.raises(SpanError, match=message):
+            steerlens.steer(model, PASTA(), spans)
+
+    def test_rows_must_fit(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, PASTA(), [[(2, 4)], [(2, 4)]]):
+            with pytest.raises(SpanError, match="2 prompt rows, the batch has 3"):
+                model(ids)
+            with pytest.raises(SpanError, match="2 prompt rows"):
+                model.generate(ids, max_new_tokens=2)
+            model(ids[:2])
+
+    def test_end_after_the_prompt(self, model, prompts):
+        with steerlens.steer(model, PASTA(), [[(2, 40)]]), pytest.raises(SpanError, match="ends after the prompt"):
+            model(prompts()[0][:1])
+
+    def test_fingerprint(self, model, prompts):
+        ids, mask = prompts("left")
+        ranges = (((9, 12),), ((9, 12),), ((9, 12),))
+        spans = steerlens.Spans({"emphasis": ranges}, steerlens.spans.digests(ids, mask))
+        changed = ids.clone()
+        changed[1, -1] = 4
+        with steerlens.steer(model, PASTA(), spans):
+            model(ids, attention_mask=mask)
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, num_beams=2)
+            for call in (lambda: model(changed, attention_mask=mask),
+                         lambda: model.generate(changed, attention_mask=mask, max_new_tokens=2)):
+                with pytest.raises(SpanError, match="row 1"):
+                    call()
+
+    def test_methods_without_spans_ignore_them(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, STRONG):
+            expected = run(model, ids)
+        with steerlens.steer(model, STRONG, [[(1, 2)]] * 3):
+            assert torch.equal(run(model, ids), expected)
+
+    def test_a_row_without_sections_is_not_steered(self, model, prompts):
+        ids, _ = prompts()
+        base = run(model, ids)
+        with steerlens.steer(model, PASTA(0.05), [[(4, 6)], [], [(4, 6)]]):
+            got = run(model, ids)
+        assert (got - base)[1].abs().max() < 1e-5 and (got - base)[0].abs().max() > 1e-2
+
+
+class TestReport:
+    def test_counts(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, ZeroTuning(2.0, heads={0: [1], 2: [0]})) as steered:
+            assert steered.report() == {0: {"calls": 0, "rows": 0}, 2: {"calls": 0, "rows": 0}}
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+            inside = steered.report()
+        assert inside == {layer: {"calls": 4, "rows": 3 * (20 + 3)} for layer in (0, 2)}
+        model(ids)
+        assert steered.report() == inside
+
+    @pytest.mark.parametrize("method", [STRONG, ACT(0.3, 0.08)], ids=["zerotuning", "act"])
+    def test_mass(self, model, prompts, method):
+        ids, mask = prompts("left")
+        with steerlens.steer(model, method, report="mass") as steered:
+            model(ids, attention_mask=mask)
+        change = torch.stack([layer["delta_mass"] for layer in steered.report().values()])
+        assert change.shape == (3, 8)
+        assert (change >= 0).all() if method is STRONG else (change <= 1e-7).all()
+        assert change.abs().max() > 0.05
+
+    def test_mass_is_the_captured_change(self, model, prompts):
+        """Layer 0's input does not depend on steering, so its Δψ is the difference of two captures."""
+        ids, mask = prompts("left")
+        found = []
+        for methods in ((), STRONG):
+            with steerlens.steer(model, methods, report="mass") as steered, steerlens.capture(model, stats=("mass",)) as record:
+                run(model, ids, attention_mask=mask)
+            found.append(record[0].mass[..., 0].transpose(0, 1).flatten(1).nanmean(1))
+        assert (steered.report()[0]["delta_mass"] - (found[1] - found[0])).abs().max() < 1e-6
+
+
+class TestKindsOfMethod:
+    """Only edit methods ship so far; the other two kinds have their place."""
+
+    def test_prompt_method(self, model, prompts):
+        @dataclass(frozen=True)
+        class Reverse(PromptMethod):
+            name: ClassVar[str] = "reverse"
+
+            def prepare(self, inputs, spans):
+                key = "input_ids" if "input_ids" in inputs else "inputs"
+                return {**inputs, key: inputs[key].flip(1)}, spans
+
+        ids, _ = prompts()
+        expected = model.generate(ids.flip(1), max_new_tokens=3, do_sample=False)
+        with steerlens.steer(model, Reverse()):
+            assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
+            with pytest.raises(SteeringStateError, match="prepare"):
+                model(ids)
+
+    def test_decoding_method(self, model, prompts):
+        @dataclass(frozen=True)
+        class Twice(DecodingMethod):
+            name: ClassVar[str] = "twice"
+
+            def generate(self, model, inputs, spans, **kwargs):
+                one = model.generate(**inputs, **kwargs)
+                return torch.cat([one, model.generate(**inputs, **kwargs)])
+
+        ids, _ = prompts()
+        with steerlens.steer(model, [Twice(), STRONG]):
+            got = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+            with pytest.raises(SteeringStateError, match="score"):
+                model(ids)
+        with steerlens.steer(model, STRONG):
+            one = model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert torch.equal(got, torch.cat([one, one]))
+        with pytest.raises(MethodError, match="two decoding"):
+            steerlens.steer(model, [Twice(), Twice()])
+
+
+class TestMethods:
+    def test_names_and_round_trip(self):
+        assert names() == ["act", "headmask", "pasta", "zerotuning"]
+        for method in (STRONG, PASTA(0.2, heads={1: [3, 2]}), ACT(0.1, 5, "relative"), HeadMask("1:2;3:*"),
+                       PerRow([STRONG, None])):
+            assert from_dict(method.to_dict()) == method
+
+    @pytest.mark.parametrize(("make", "message"), [
+        (lambda: ZeroTuning(0), "gamma=0.*> 0"), (lambda: ZeroTuning(float("nan")), "gamma"), (lambda: PASTA(-1), "alpha"),
+        (lambda: ACT(1.2), "beta=1.2.*<= 1"), (lambda: PASTA(scale="exclud"), "did you mean 'exclude'"),
+        (lambda: HeadMask("all", mode="mean"), "uniform, zero"), (lambda: from_dict({"method": "pata"}), "did you mean 'pasta'"),
+        (lambda: from_dict({"method": "pasta", "alfa": 1}), "did you mean 'alpha'"), (lambda: from_dict({"method": "headmask"}), "needs heads"),
+        (lambda: ZeroTuning("2"), "gamma='2'"), (lambda: PerRow([3]), "row 0"),
+    ])
+    def test_bad_parameters(self, make, message):
+        with pytest.raises(MethodError, match=message):
+            make()
+
+    @pytest.mark.parametrize(("heads", "message"), [
+        ({9: [0]}, r"layer 9.*0\.\.2"), ({0: [8]}, r"head 8.*0\.\.7"), ("0:8", r"head 8.*0\.\.7"), ("0-1", "no ':'"),
+        ({0: [-1]}, "head -1"), ("x.json:top3", "cannot read"), (3, "not a head specification"), ({0: "3"}, "neither"),
+    ])
+    def test_bad_heads(self, model, heads, message):
+        with pytest.raises(HeadError, match=message):
+            steerlens.steer(model, ZeroTuning(2.0, heads=heads))
+
+    def test_head_specifications(self, tmp_path):
+        from steerlens.facts import ModelFacts
+        from steerlens.heads import Heads
+
+        facts = ModelFacts("m", "llama", 3, (4,) * 3, (2,) * 3)
+        scores = tmp_path / "scores.json"
+        scores.write_text('{"0-1": [0.5, 0.7], "2-3": 0.9, "1-0": [0.1], "1-2": 0.6}')
+        lists = tmp_path / "lists.json"
+        lists.write_text('{"1": [3, 0]}')
+        for spec, expected in [
+            ("all", {0: (0, 1, 2, 3), 1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}), ({1: [3, 0]}, {1: (0, 3)}), ("1:3,0;2:*", {1: (0, 3), 2: (0, 1, 2, 3)}),
+            ("0-1:2-3", {0: (2, 3), 1: (2, 3)}), ("*:1", {0: (1,), 1: (1,), 2: (1,)}), (f"{scores}:top3", {0: (1,), 1: (2,), 2: (3,)}),
+            (str(lists), {1: (0, 3)}), ({}, {}), ("", {}),
+        ]:
+            parsed = Heads.parse(spec)
+            assert parsed.resolve(facts) == expected
+            assert Heads.parse(parsed.to_json()) == parsed and Heads.parse(str(parsed)) == parsed
