@@ -1,0 +1,109 @@
+"""`steerlens.capture` against weights written out in full."""
+
+import pytest
+import torch
+
+import steerlens
+from steerlens.errors import SpanError
+from steerlens.methods import ACT, ZeroTuning
+from steerlens.spans import Spans
+
+SPANS = Spans.of({"emphasis": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]], "query": [[(17, 20)]] * 3})
+
+
+@pytest.fixture(params=["llama-gqa", "gemma2", "mistral"])
+def model(request, model_of):
+    return model_of(request.param, "eager")
+
+
+@pytest.mark.parametrize("methods", [(), ZeroTuning(5.0), ACT(0.2, 0.08)], ids=["plain", "zerotuning", "act"])
+def test_statistics_are_those_of_the_weights(model, prompts, methods):
+    ids, mask = prompts("left")
+    with torch.no_grad(), steerlens.steer(model, methods, backend="reference"):
+        weights = model(ids, attention_mask=mask, output_attentions=True).attentions
+        with steerlens.capture(model, spans=SPANS) as record:
+            model(ids, attention_mask=mask)
+    real = mask.bool()
+    assert record.groups == ("emphasis", "query")
+    for layer in range(3):
+        a, got = weights[layer], record[layer]
+        columns = torch.arange(20)
+        for row in range(3):
+            rows = a[row][:, real[row]]
+            for g, group in enumerate(record.groups):
+                inside = torch.zeros(20, dtype=torch.bool)
+                for start, stop in SPANS.groups[group][row]:
+                    inside |= (columns >= start) & (columns < stop)
+                assert (got.mass[row, :, real[row], g] - rows[..., inside].sum(-1)).abs().max() < 1e-5
+            assert (got.entropy[row][:, real[row]] - torch.special.entr(rows).sum(-1)).abs().max() < 1e-5
+            assert torch.equal(got.argmax[row][:, real[row]], rows.argmax(-1))
+            # Without a window every later real row sees a key; with one, those within it do.
+            seen = (rows > 0).sum(1)
+            mean = rows.sum(1) / seen
+            assert (got.column_mean[row] - mean)[:, real[row]].abs().max() < 1e-5
+            for stat in ("mass", "entropy", "lse"):
+                assert getattr(got, stat)[row][:, ~real[row]].isnan().all()
+            assert (got.argmax[row][:, ~real[row]] == -1).all() and got.column_mean[row][:, ~real[row]].isnan().all()
+
+
+def test_capture_changes_nothing_and_takes_everything_off(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    with torch.no_grad():
+        base = model(ids, attention_mask=mask).logits
+        with steerlens.capture(model) as record:
+            assert torch.equal(model(ids, attention_mask=mask).logits, base)
+    assert record.groups == ("first_token",) and "_steerlens" not in model.model.layers[0].self_attn.__dict__
+
+
+def test_lse(model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts()
+    seen = {}
+    hook = model.model.layers[0].self_attn.register_forward_hook(
+        lambda m, a, k, o: seen.update(k), with_kwargs=True)
+    with torch.no_grad(), steerlens.capture(model, stats=["lse"], heads={0: [5]}) as record:
+        model(ids)
+    hook.remove()
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    attention, x = model.model.layers[0].self_attn, seen["hidden_states"]
+    with torch.no_grad():
+        q = attention.q_proj(x).view(3, 20, 8, 8).transpose(1, 2)
+        k = attention.k_proj(x).view(3, 20, 2, 8).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *seen["position_embeddings"])
+    x = q[:, 5] @ k[:, 1].transpose(1, 2) * 8**-0.5
+    x = x.masked_fill(~torch.ones(20, 20, dtype=torch.bool).tril(), -torch.inf)
+    assert record[0].lse.shape == (3, 1, 20) and (record[0].lse[:, 0] - x.logsumexp(-1)).abs().max() < 1e-4
+    assert record.layers == (0,) and record[0].heads == (5,) and record[0].mass is None
+    with pytest.raises(KeyError, match="layer 1 is not captured"):
+        record[1]
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
+def test_forwards_are_appended(family, model_of, prompts):
+    """Prefill and decode together are what one forward over all tokens records."""
+    model, (ids, mask) = model_of(family), prompts("left")
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        with steerlens.capture(model) as record:
+            model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        with steerlens.capture(model) as once:
+            model(out[:, :-1], attention_mask=torch.nn.functional.pad(mask, (0, 4), value=1))
+        with steerlens.capture(model, rows="last", stats=["mass"]) as last:
+            model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    for layer in range(3):
+        for stat in ("mass", "entropy", "lse", "column_mean"):
+            got, expected = getattr(record[layer], stat), getattr(once[layer], stat)
+            assert got.shape == expected.shape and torch.equal(got.isnan(), expected.isnan())
+            assert (got - expected).nan_to_num().abs().max() < 1e-4
+        assert torch.equal(record[layer].argmax, once[layer].argmax)
+        assert (last[layer].mass - record[layer].mass[:, :, 19:]).abs().max() < 1e-6
+
+
+def test_bad_requests(model_of, prompts):
+    model = model_of("llama-gqa")
+    with pytest.raises(ValueError, match="did you mean 'entropy'"):
+        steerlens.capture(model, stats=["entrop"])
+    with pytest.raises(ValueError, match="rows='first'"):
+        steerlens.capture(model, rows="first")
+    with steerlens.capture(model, spans=SPANS), pytest.raises(SpanError, match="3 prompt rows"):
+        model(prompts()[0][:2])
