@@ -30,7 +30,7 @@ from steerlens.passes import Pass, Prompt, fit
 
 if TYPE_CHECKING:
     from steerlens.attach import Steering
-    from steerlens.capture import Record
+    from steerlens.recording import Record
 
 NAME = "steerlens"
 _UNDERSTOOD = {
@@ -187,7 +187,7 @@ class Engine(Guarded):
         total = seen + length
         real = None
         if mask is not None:
-            real = fit(mask.to(tokens.device).bool(), total)
+            real = fit(mask.to(tokens.device, torch.bool), total)
         elif prompt.real is not None and seen:
             known = prompt.real
             real = torch.nn.functional.pad(known, (0, max(total - known.shape[1], 0)), value=True)[:, :total]
@@ -331,15 +331,19 @@ class Engine(Guarded):
         plain = now.plain and (window is None or now.columns <= window)
         offset = now.q_offset - start
         if mask is not None and mask.ndim == 4:
-            memo = ("mask", mask.data_ptr(), mask.shape, written)
+            memo = ("mask", mask.data_ptr(), tuple(mask.shape), written)
             if memo not in now.memo:
                 now.memo[memo] = canonical(mask[..., :written])
             mask = now.memo[memo]  # type: ignore[assignment]
         elif mask is not None or (window is not None and written > window):
-            mask = _from_columns(query, written, offset, real, window)
+            memo = ("mask", written, offset, window)
+            if memo not in now.memo:
+                now.memo[memo] = _from_columns(query, written, offset, real, window)
+            mask = now.memo[memo]  # type: ignore[assignment]
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        return Call(query, key, value, mask, float(scaling), extra.get("softcap"), offset, real, plain)
+        return Call(query, key, value, mask, float(scaling), extra.get("softcap"), offset, real, plain,
+                    memo=now.memo)
 
 
 def _from_columns(

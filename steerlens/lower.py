@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from steerlens.backends.call import Bias, Cut, KeepMass, Lowered, Sums
+from steerlens.backends.call import Bias, Cut, Few, KeepMass, Lowered, Sums
 from steerlens.edits import Ablate, Edit, Keep, Reweight, Scale, Sinks
 from steerlens.errors import UnsupportedError
 from steerlens.passes import Pass, SinkState, fit
 from steerlens.spans import Spans
+
+
+FEW = 256
+"""So many sinks of a head are gathered key by key."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,15 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lower
     ordered = [p for p in placed if isinstance(p.edit, Reweight)] + [p for p in placed if isinstance(p.edit, Ablate)]
     found: list[Lowered] = []
     for item in ordered:
-        memo = (item.edit, id(item.spans), item.prompt_rows, length, start, heads)
-        if isinstance(item.edit, Reweight) and isinstance(item.edit.law, Keep):
+        edit = item.edit
+        if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
             found.append(_keep(item, now, length, start))
-        else:
-            # Layers with the same edit share its tensors.
-            if memo not in now.memo:
-                now.memo[memo] = _cut(item, now, heads) if isinstance(item.edit, Ablate) else _bias(
-                    item, now, length, start, heads)
-            lowered = now.memo[memo]
-            assert isinstance(lowered, Bias | Cut)
-            found.append(lowered)
+            continue
+        # Layers with the same edit share its tensors.
+        key = (edit, id(item.spans), item.prompt_rows, length, start, heads)
+        if key not in now.memo:
+            now.memo[key] = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)
+        found.append(now.memo[key])  # type: ignore[arg-type]
     return found
 
 
@@ -71,10 +74,21 @@ def _rows(item: Placed, now: Pass) -> torch.Tensor | None:
     return everywhere if rows is None else rows & everywhere
 
 
-def _head_mask(heads: tuple[int, ...], total: int, device: torch.device) -> torch.Tensor:
+@lru_cache(maxsize=1024)
+def _head_mask(heads: tuple[int, ...], total: int, device: torch.device, weight: float | None = None) -> torch.Tensor:
+    """Bool [total], or with a weight fp32 [1, total, 1]: `weight` at `heads`."""
     mask = torch.zeros(total, dtype=torch.bool)
     mask[list(heads)] = True
-    return mask.to(device)
+    return mask.to(device) if weight is None else (mask.float()[None, :, None] * weight).to(device)
+
+
+def _keys(item: Placed, edit: Reweight, now: Pass, length: int, start: int) -> torch.Tensor:
+    key = (edit.keys, edit.batch, id(item.spans), item.prompt_rows, length, start)
+    if key not in now.memo:
+        keys = fit(now.key_columns(edit.keys, item.spans), length, start)
+        batch = _batch(item, now)
+        now.memo[key] = keys if batch is None else keys & batch[:, None]
+    return now.memo[key]  # type: ignore[return-value]
 
 
 def _cut(item: Placed, now: Pass, heads: int) -> Cut:
@@ -86,29 +100,38 @@ def _cut(item: Placed, now: Pass, heads: int) -> Cut:
 def _bias(item: Placed, now: Pass, length: int, start: int, heads: int) -> Bias:
     edit = item.edit
     assert isinstance(edit, Reweight) and isinstance(edit.law, Scale)
-    keys = fit(now.key_columns(edit.keys, item.spans), length, start)
-    batch = _batch(item, now)
-    if batch is not None:
-        keys = keys & batch[:, None]
-    weights = _head_mask(edit.heads, heads, keys.device).float()[None, :, None] * edit.law.log_weight
+    weights = _head_mask(edit.heads, heads, now.prompt.first.device, edit.law.log_weight)
     rows = now.rows(edit.phase)
-    return Bias(weights if rows is None else weights * rows[:, None], keys)
+    return Bias(weights if rows is None else weights * rows[:, None], _keys(item, edit, now, length, start))
 
 
 def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
     edit = item.edit
     assert isinstance(edit, Reweight) and isinstance(edit.law, Keep)
-    batch = _batch(item, now)
+    law = edit.law
     found: list[torch.Tensor] = []
 
     def find(sums: Sums) -> torch.Tensor:
         if not found:
-            keys = _sinks(item, edit.keys, now, length, start, sums) if isinstance(edit.keys, Sinks) else fit(
-                now.key_columns(edit.keys, item.spans), length, start)[:, None].expand(-1, len(edit.heads), -1)
-            found.append(keys if batch is None else keys & batch[:, None, None])
+            if isinstance(edit.keys, Sinks):
+                keys, batch = _sinks(item, edit.keys, now, length, start, sums), _batch(item, now)
+                found.append(keys if batch is None else keys & batch[:, None, None])
+            else:
+                found.append(_keys(item, edit, now, length, start)[:, None].expand(-1, len(edit.heads), -1))
         return found[0]
 
-    return KeepMass(list(edit.heads), edit.law.fraction, find, now.rows(edit.phase))
+    def few() -> Few | None:
+        state = now.prompt.sinks.get(item.key)
+        if state is None or edit.batch is not None or not isinstance(edit.keys, Sinks) or edit.keys.running:
+            return None
+        columns, meant = state.index
+        if columns.shape[-1] > FEW:
+            return None
+        if start:
+            columns, meant = (columns - start).clamp(min=0), meant & (columns >= start)
+        return Few(columns, meant, state.kept)
+
+    return KeepMass(list(edit.heads), law.fraction, find, now.rows(edit.phase), few)
 
 
 def _sinks(

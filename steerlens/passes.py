@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -25,11 +26,20 @@ class SinkState:
         keys: bool [B, h, C] over the edit's heads.
         sums: attention summed over the rows counted so far, fp32 [B, h, C].
         counts: how many counted rows see each column, fp32 [B, 1 or h, C].
+        kept: what a backend keeps of the frozen keys.
     """
 
     keys: torch.Tensor
     sums: torch.Tensor
     counts: torch.Tensor
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen keys as columns, int64 [B, h, n], and which of them are meant, bool [B, h, n]."""
+        count = int(self.keys.sum(-1).max())
+        found = self.keys.long().topk(count, dim=-1)
+        return found.indices, found.values.bool()
 
 
 @dataclass

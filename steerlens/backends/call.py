@@ -5,7 +5,7 @@ Shapes: B batch rows, H query heads, G key/value heads, Tq query rows, Tk keys, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,18 +26,35 @@ class Bias:
 
 
 @dataclass
+class Few:
+    """Keys one by one.
+
+    Attributes:
+        index: places on the key axis, int64 [B, h, n].
+        meant: which of them count, bool [B, h, n]; the rest is filling.
+        kept: the backend's own, as long as these keys stay what they are.
+    """
+
+    index: torch.Tensor
+    meant: torch.Tensor
+    kept: dict[str, torch.Tensor]
+
+
+@dataclass
 class KeepMass:
     """ψ' = `fraction`·ψ on the keys that `find` returns, for the query heads `heads`.
 
     Attributes:
-        find: bool [B, h, Tk] from this call; may ask the backend for attention sums (see `Sums`) or rows.
+        find: bool [B, h, Tk] from this call; may ask the backend for attention sums (see `Sums`).
         rows: query rows it applies to, bool [B, Tq]; `None` for all.
+        few: the found keys one by one, where they are few and known before the call; else `None`.
     """
 
     heads: list[int]
     fraction: float
     find: Callable[[Sums], torch.Tensor]
     rows: torch.Tensor | None
+    few: Callable[[], Few | None] = lambda: None
 
 
 @dataclass
@@ -78,6 +95,7 @@ class Call:
         real: real keys, bool [B, Tk]; `None` for all.
         plain: visible means causal and real, nothing else.
         edits: in order; cuts last.
+        memo: what calls of one forward share; a `Bias` or `Cut` that two of them have is the same object.
     """
 
     query: torch.Tensor
@@ -90,6 +108,7 @@ class Call:
     real: torch.Tensor | None
     plain: bool
     edits: list[Lowered] = field(default_factory=list)
+    memo: dict[Hashable, object] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:

@@ -21,20 +21,26 @@ import torch
 import torch.nn.functional as F
 
 from steerlens.backends import reference
-from steerlens.backends.call import Bias, Call, Cut, KeepMass, Sums
+from steerlens.backends.call import Bias, Call, Cut, Few, KeepMass, Sums
 from steerlens.errors import UnsupportedError
 
 HIDE = -1000.0
 """A bias (nats) that leaves nothing of a key beside any other; finite in every dtype."""
 FEW_ROWS = 16
+_MOST = {torch.float64: 0.9, torch.float32: 0.9, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""ψ up to which o_N by subtraction keeps the digits of its dtype."""
 
 
 @dataclass
 class Term:
-    """A bias `weights` [B or 1, H, Tq or 1] (nats, fp32) on `keys`, bool [B or 1, G or 1, Tk]."""
+    """A bias `weights` [B or 1, H, Tq or 1] (nats, fp32) on `keys`, bool [B or 1, G or 1, Tk].
+
+    `source` is the edit that it stands for unchanged, if any.
+    """
 
     weights: torch.Tensor
     keys: torch.Tensor
+    source: Bias | None = None
 
 
 @dataclass
@@ -73,7 +79,7 @@ def attention(call: Call) -> torch.Tensor:
             weights = edit.weights
             for cut in cuts if static else ():
                 weights = weights * ~cut.where()
-            terms.append(Term(weights, edit.keys[:, None]))
+            terms.append(Term(weights, edit.keys[:, None], None if static and cuts else edit))
         elif number == len(moves) - 1:
             output = _keep(call, whole, terms, edit)
         else:
@@ -109,35 +115,54 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     elif terms or query.shape[-1] != width:
         query, key = _with_channels(query, key, terms, call.scaling)
         value = F.pad(value, (0, query.shape[-1] - width))
+    groups = query.shape[1] // key.shape[1]
+    packed = groups > 1 and query.shape[2] == 1
+    if packed:
+        # One query row per head: the heads of a group become rows, so that their keys are read once.
+        query = query.view(query.shape[0], key.shape[1], groups, -1) if query.is_contiguous() else query.reshape(
+            query.shape[0], key.shape[1], groups, -1)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.reshape(mask.shape[0], key.shape[1], groups, -1)
+    lse = None
     if want_lse:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=_float(mask, query), scale=call.scaling
         )
-        return output[..., :width], lse
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=call.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output[..., :width], None
+        lse = lse.reshape(lse.shape[0], -1, 1) if packed else lse
+    else:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=call.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    if packed:
+        output = output.reshape(output.shape[0], -1, 1, output.shape[-1])
+    return output[..., :width], lse
 
 
 def _with_channels(
     query: torch.Tensor, key: torch.Tensor, terms: list[Term], scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query and key [.., W] whose product holds the terms too."""
-    B, H, Tq, D = query.shape
-    G, Tk = key.shape[1], key.shape[2]
     on_query: list[torch.Tensor] = []
     on_key: list[torch.Tensor] = []
     for term in terms:
         pieces = split(term.weights / scaling, query.dtype)
-        on_query += [piece.expand(B, H, Tq) for piece in pieces]
-        on_key += [term.keys.to(key.dtype).expand(B, G, Tk)] * len(pieces)
-    missing = -(D + len(on_query)) % 8
-    channels = [torch.stack(on_query, -1)] if on_query else []
-    query = F.pad(torch.cat([query, *channels], -1), (0, missing))
-    channels = [torch.stack(on_key, -1)] if on_key else []
-    return query, F.pad(torch.cat([key, *channels], -1), (0, missing))
+        on_query += pieces
+        on_key += [term.keys.to(key.dtype)] * len(pieces)
+    return widen(query, on_query), widen(key, on_key)
+
+
+def widen(x: torch.Tensor, channels: list[torch.Tensor]) -> torch.Tensor:
+    """`x` [.., T, D] with channels that broadcast to [.., T] behind it, zeros up to a width the kernel likes."""
+    used = x.shape[-1] + len(channels)
+    # Measured on CPU: heads of 128 run 10 % faster at 144 than at 136, heads of 64 faster at 72 than at 80.
+    step = 16 if x.shape[-1] >= 128 else 8
+    wide = x.new_empty(*x.shape[:-1], used + -used % step)
+    wide[..., : x.shape[-1]] = x
+    for place, channel in enumerate(channels, x.shape[-1]):
+        wide[..., place] = channel
+    wide[..., used:] = 0
+    return wide
 
 
 def split(values: torch.Tensor, dtype: torch.dtype, pieces: int = 2) -> list[torch.Tensor]:
@@ -156,8 +181,12 @@ def split(values: torch.Tensor, dtype: torch.dtype, pieces: int = 2) -> list[tor
 def _additive(
     call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    """The terms and the mask as one additive term, [B or 1, h, Tq, Tk]."""
+    """The terms and the mask as one additive term, [B or 1, h, Tq, Tk]; made once for layers that share all of it."""
     B, H, Tq, _ = inputs.query.shape
+    key = ("additive", id(mask), *(id(t.source) for t in terms))
+    shared = all(t.source is not None for t in terms)
+    if shared and key in call.memo:
+        return call.memo[key]  # type: ignore[return-value]
     dtype = torch.promote_types(inputs.query.dtype, torch.float32)
     total: torch.Tensor | None = None
     for term in terms:
@@ -171,7 +200,10 @@ def _additive(
         total = torch.where(mask, total, torch.finfo(dtype).min)
     elif mask is not None:
         total = total + mask
-    return total.expand(-1, -1, Tq, -1)
+    total = total.expand(-1, -1, Tq, -1)
+    if shared:
+        call.memo[key] = total
+    return total
 
 
 def _float(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
@@ -238,8 +270,13 @@ class Selection:
 
 def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch.Tensor:
     """O' = β·o + (1-β)·o_N for the edit's heads, o for the others."""
-    chosen = Selection(call, edit.heads)
     output, lse = _run(call, whole, terms, want_lse=_has_lse(call))
+    if call.query.shape[2] == 1 and lse is not None and not terms and (few := edit.few()) is not None:
+        if few.index.shape[-1] == 0:
+            return output
+        if (less := _less_few(call, edit, output, lse, few)) is not None:
+            return less
+    chosen = Selection(call, edit.heads)
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     if not bool(keys.any()):
         return output
@@ -247,18 +284,42 @@ def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
     old = output if chosen.whole else output[:, edit.heads]
-    outside = _outside(call, whole, terms, chosen, keys, old, lse)
+    outside = fused(call, chosen.inputs(whole), [*chosen.terms(terms), *chosen.outside(keys)])
+    outside = outside if chosen.whole else outside[:, chosen.place]
     new = torch.where(applies[..., None], edit.fraction * old + (1 - edit.fraction) * outside, old).to(old.dtype)
     return new if chosen.whole else output.index_copy(1, torch.tensor(edit.heads, device=new.device), new)
 
 
-def _outside(
-    call: Call, whole: Inputs, terms: list[Term], chosen: Selection, keys: torch.Tensor, old: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> torch.Tensor:
-    """o_N, attention outside `keys`, for the selected heads in the edit's order."""
-    outside = fused(call, chosen.inputs(whole), [*chosen.terms(terms), *chosen.outside(keys)])
-    return outside if chosen.whole else outside[:, chosen.place]
+def _less_few(call: Call, edit: KeepMass, output: torch.Tensor, lse: torch.Tensor, few: Few) -> torch.Tensor | None:
+    """One decode row: o_N = (o - Σ_S a·v) / (1-ψ) from the few keys of S, or `None` where that would cancel."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    kept = few.kept
+    if not kept:
+        rows = torch.arange(few.index.shape[0], device=output.device)[:, None, None]
+        heads = torch.tensor(edit.heads, device=output.device)
+        kv = (heads // call.groups)[None, :, None]
+        kept["key"] = call.key[rows, kv, few.index].to(dtype) * call.scaling
+        kept["value"] = call.value[rows, kv, few.index].to(dtype)
+        kept["heads"] = heads
+    heads = kept["heads"]
+    everything = len(heads) == output.shape[1]
+    query, old, lse = (t if everything else t.index_select(1, heads) for t in (call.query, output, lse))
+    meant = few.meant
+    if call.mask is not None:
+        visible = call.visible(slice(None))[:, :, 0]
+        visible = visible if visible.shape[1] == 1 else visible.index_select(1, heads)
+        meant = meant & visible.expand(*meant.shape[:2], -1).gather(2, few.index)
+    x = torch.matmul(query.to(dtype), kept["key"].transpose(-1, -2)) - lse[..., None]
+    a = x.exp().mul_(meant[:, :, None])
+    mass = a.sum(-1, keepdim=True)
+    if mass.max().item() > _MOST[output.dtype]:
+        return None
+    share = (1 - edit.fraction) / (1 - mass)
+    new = (edit.fraction + share) * old - share * (a @ kept["value"])
+    if edit.rows is not None:
+        new = torch.where(edit.rows[:, None, :, None], new, old)
+    new = new.to(output.dtype)
+    return new if everything else output.index_copy(1, heads, new)
 
 
 def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> list[Term]:
@@ -304,14 +365,14 @@ def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse
 
     def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = chosen.inputs(whole)
-        query, key = _with_channels(inputs.query, inputs.key, chosen.terms(terms), call.scaling)
+        query, key = inputs.query, inputs.key
+        if terms:
+            query, key = _with_channels(query, key, chosen.terms(terms), call.scaling)
         B, _, T, _ = query.shape
         share = torch.where(counted[:, None], -lse[:, chosen.index], HIDE) / call.scaling
-        extra = torch.stack(split(share, query.dtype, pieces=3), -1)
-        missing = -(query.shape[-1] + extra.shape[-1]) % 8
-        query = F.pad(torch.cat([query, extra], -1), (0, missing)).flip(2).unflatten(1, (len(chosen.kv), chosen.width))
-        key = F.pad(torch.cat([key, torch.ones_like(extra[:, :1]).expand(-1, key.shape[1], -1, -1)], -1), (0, missing))
-        key = key.flip(2)
+        pieces = split(share, query.dtype, pieces=3)
+        query = widen(query, pieces).flip(2).unflatten(1, (len(chosen.kv), chosen.width))
+        key = widen(key, [torch.ones((), dtype=key.dtype, device=key.device)] * len(pieces)).flip(2)
         found = []
         for member in range(chosen.width):
             rows = query[:, :, member]

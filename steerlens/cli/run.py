@@ -1,0 +1,146 @@
+"""`steerlens run`: prompts in, steered text out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerlens.cli import options
+from steerlens.cli.guard import UsageError
+
+
+def run(
+    method: options.Methods = None,
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The prompt. Default: standard input.")
+    ] = None,
+    emphasize: Annotated[
+        list[str] | None,
+        typer.Option("--emphasize", metavar="TEXT", help="Text in the prompt to emphasise; repeatable."),
+    ] = None,
+    heads: options.HeadSpec = None,
+    settings: options.Settings = None,
+    recipe: options.Recipes = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run unsteered first and show both.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-file",
+            metavar="F.jsonl",
+            help="Rows with 'prompt' or 'messages', and optional 'emphasize'.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="OUT.jsonl", help="Where results of --prompt-file go. Default: stdout."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an --output that was stopped; the same settings are needed."
+        ),
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Render the prompt as a message in the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message; implies --chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the sampling; starts anew on each side.")
+    ] = 0,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    model_arg: options.ModelArgs = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    backend: options.BackendOption = options.Backend.auto,
+) -> int | None:
+    """Generate text with a model whose attention is steered.
+
+    For example: steerlens run --recipe pasta-tiny --prompt "…" --emphasize "…" --compare
+    """
+    from steerlens.cli.job import Job
+    from steerlens.cli.session import Sampling
+
+    _check(prompt, prompt_file, output, resume, stream, as_json)
+    loaded = None
+    if recipe is not None:
+        from steerlens.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+    methods = options.build_methods(method or [], loaded, heads, settings or [])
+    chosen = options.ModelOptions.of(
+        model,
+        loaded,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        revision=revision,
+        model_args=model_arg or [],
+        trust_remote_code=trust_remote_code,
+    )
+    job = Job(
+        chosen,
+        methods,
+        loaded,
+        backend.value,
+        compare,
+        chat or system is not None,
+        system,
+        Sampling(max_new_tokens, temperature, seed),
+        as_json,
+    )
+    if prompt_file is not None:
+        return job.file(prompt_file, emphasize or [], output, batch_size, resume)
+    job.single(_prompt(prompt), emphasize or [], stream)
+    return None
+
+
+def _check(
+    prompt: str | None,
+    prompt_file: Path | None,
+    output: Path | None,
+    resume: bool,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    wrong = {
+        "--json and --stream exclude each other": as_json and stream,
+        "--prompt and --prompt-file exclude each other": prompt is not None and prompt_file is not None,
+        "--stream shows one prompt; with --prompt-file leave it out": stream and prompt_file is not None,
+        "--output needs --prompt-file; redirect standard output for one prompt": output is not None
+        and prompt_file is None,
+        "--resume needs --output": resume and output is None,
+    }
+    for problem, found in wrong.items():
+        if found:
+            raise UsageError(problem)
+
+
+def _prompt(given: str | None) -> str:
+    if given is None:
+        if sys.stdin.isatty():
+            raise UsageError(
+                "no prompt: give --prompt TEXT, --prompt-file F.jsonl, or pipe a text into standard input"
+            )
+        try:
+            given = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not text: {error}") from None
+        given = given.removesuffix("\n")
+    if not given.strip():
+        raise UsageError(
+            "the prompt is empty; give --prompt TEXT, --prompt-file F.jsonl, or a text on standard input"
+        )
+    return given

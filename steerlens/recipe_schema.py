@@ -1,0 +1,139 @@
+"""The parts of a recipe file, what may stand in them, and how a mistake is told."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+)
+
+from steerlens import plainyaml
+from steerlens.errors import SteerlensError, nearest
+from steerlens.methods import from_dict
+from steerlens.methods.base import Method
+
+UNPROVED = "published, not reproduced here: "
+_SCORES = re.compile(r"\.json(:top\d+)?\Z")
+_ENDLESS = re.compile(r"\d{6}")
+
+
+def _date(value: Any) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return datetime.date.fromisoformat(value)
+        raise ValueError(f"{value!r} is not a date such as 2026-11-20")
+    return value
+
+
+def _ordered(interval: list[float]) -> list[float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"{interval!r}: the lower bound is above the upper one")
+    return interval
+
+
+def _source(text: str) -> str:
+    if not text.startswith(UNPROVED) or not text[len(UNPROVED) :].strip():
+        raise ValueError(
+            f"{text[:60]!r} must be measured numbers, or begin with {UNPROVED!r} and name its source"
+        )
+    return text
+
+
+def _method(value: Any) -> Method:
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r:.80} is not a mapping such as {{method: zerotuning, gamma: 1.5}}")
+    heads = value.get("heads")
+    if isinstance(heads, str) and not _SCORES.search(heads) and _ENDLESS.search(heads):
+        raise ValueError(f"heads: {heads!r:.80} is out of range for every model")
+    try:
+        return from_dict(value)
+    except SteerlensError:
+        raise
+    except Exception as error:  # whatever a method, ours or a plug-in's, does with values of the wrong type
+        raise ValueError(f"{value!r:.200}: a parameter has a value of the wrong type ({error})") from error
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RecipeModel(Part):
+    """The model a recipe was made for.
+
+    Attributes:
+        id: alias, Hub id or path.
+        revision: commit, tag or branch on the Hub.
+        layers: its decoder layers; checked against the model.
+        heads: its query heads per layer; checked against the model.
+    """
+
+    id: Annotated[str, Field(min_length=1, max_length=1000)]
+    revision: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    layers: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    heads: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Evidence(Part):
+    """What was measured: `metric` of the unsteered and the steered model on `n` paired samples, and when.
+
+    Attributes:
+        interval: confidence interval of the paired difference steered minus baseline.
+    """
+
+    metric: Annotated[str, Field(min_length=1)]
+    baseline: _Finite
+    steered: _Finite
+    n: Annotated[int, Field(ge=1)]
+    interval: Annotated[list[_Finite], Field(min_length=2, max_length=2), AfterValidator(_ordered)]
+    date: Annotated[datetime.date, BeforeValidator(_date)]
+
+
+Methods = list[Annotated[Any, BeforeValidator(_method), PlainSerializer(lambda method: method.to_dict())]]
+EvidenceField = Annotated[
+    Annotated[Evidence, Tag("<measured>")] | Annotated[str, AfterValidator(_source), Tag("<text>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<measured>"),
+]
+
+
+def explain(error: ValidationError, root: type[BaseModel], source: str, lines: plainyaml.Lines) -> str:
+    """Every problem of a recipe in one line each: file, line, place, value, what is allowed."""
+    found = []
+    for problem in error.errors(include_url=False):
+        path = tuple(part for part in problem["loc"] if not str(part).startswith("<"))
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+        line = next((lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in lines), None)
+        where = f"{source}:{line}" if line else source
+        if problem["type"] == "extra_forbidden":
+            owners: dict[str, type[BaseModel]] = {"model": RecipeModel, "evidence": Evidence}
+            owner = owners.get(str(path[0]) if len(path) > 1 else "", root)
+            known = [field.alias or name for name, field in owner.model_fields.items()]
+            what = f"unknown key; allowed: {', '.join(known)}{nearest(str(path[-1]), known)}"
+        elif problem["type"] == "missing":
+            what = "is missing"
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            what = (
+                text
+                if problem["type"] == "value_error"
+                else f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
+            )
+        found.append(f"{where}: {place}: {what}")
+    return "\n".join(found)

@@ -1,0 +1,217 @@
+"""The benchmark measures what it says: schema, pairing, checks before timing. No timing is asserted."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from steerlens import backends, steer
+from steerlens.bench import Settings, bench, cases, machine, model, over_budget, peers, timing
+from steerlens.bench.settings import BenchError
+from steerlens.cli import app
+from steerlens.methods import ZeroTuning
+
+QUICK = Settings.of("quick", threads=1, device="cpu")
+COMMON = {"phase", "head_dim", "tokens", "case", "backend", "method"}
+MEASURED = COMMON | {"unsteered_ms", "steered_ms", "ratio", "moved", "extra_mib", "check", "budget", "met"}
+
+
+@pytest.fixture(scope="module")
+def record():
+    return bench(QUICK)
+
+
+def test_the_record_has_the_schema_and_is_plain_json(record):
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert set(record) == {"schema", "settings", "machine", "rows"}
+    assert record["settings"]["lengths"] == [64]
+    assert {"date", "device", "threads", "versions", "git"} <= set(record["machine"])
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+    for row in record["rows"]:
+        if "skipped" in row:
+            assert (set(row), row["case"]) == (COMMON | {"skipped"}, "pastalib")
+            continue
+        assert set(row) == MEASURED
+        ratio = row["ratio"]
+        assert all(math.isfinite(v) and v > 0 for v in (*ratio.values(), row["unsteered_ms"], row["steered_ms"]))
+        assert ratio["min"] <= ratio["q1"] <= ratio["median"] <= ratio["q3"] <= ratio["max"]
+
+
+def test_every_case_backend_and_phase_is_there(record):
+    found = {(row["phase"], row["case"], row["backend"]) for row in record["rows"]}
+    names = [case.name for case in cases.cases(QUICK, QUICK.layers)]
+    assert found == (
+        {(phase, name, "sdpa") for phase in ("prefill", "decode") for name in names}
+        | {("prefill", name, "reference") for name in names}
+        | {(phase, name, "peer") for phase in ("prefill", "decode") for name in QUICK.peers}
+    )
+    assert {row["ratio"]["n"] for row in record["rows"] if row["phase"] == "decode" and row["backend"] == "sdpa"} == {4}
+
+
+def test_what_is_timed_was_checked_where_it_changes_something(record):
+    for row in record["rows"]:
+        if "skipped" in row:
+            continue
+        assert row["check"]["error"] <= 1e-4
+        # The absolute threshold of ACT finds no sinks in a random model: its row is the cost of looking.
+        acts = row["case"] not in ("neutral", "eager", "act/few", "act/all")
+        assert (row["check"]["moved"] > 1e-3) == acts, row["case"]
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = backends.attention
+    monkeypatch.setattr(
+        backends, "attention", lambda name, call: right(name, call) * (1.01 if name == "sdpa" else 1)
+    )
+    settings = Settings.of("quick", threads=1, device="cpu", methods=("zerotuning",), peers=())
+    rows = bench(settings)["rows"]
+    wrong = [row for row in rows if "skipped" in row]
+    assert {row["backend"] for row in wrong} == {"sdpa"}
+    assert all("differs from the definition" in row["skipped"] for row in wrong)
+    found = CliRunner().invoke(app, ["bench", "--quick", "--methods", "zerotuning", "--peers", "", "--threads", "1"])
+    assert (found.exit_code, "differs from the definition" in found.stdout) == (1, True)
+
+
+def test_a_backend_that_is_not_here_is_reported(monkeypatch):
+    def check(name):
+        raise backends.UnsupportedError(f"backend {name!r} is not here")
+
+    monkeypatch.setattr(backends, "check", check)
+    settings = Settings.of("quick", device="cpu", methods=("zerotuning",), backends=("triton",), peers=())
+    assert {row["skipped"] for row in bench(settings)["rows"]} == {"backend 'reference' is not here"}
+
+
+@pytest.mark.parametrize(("source", "reason"), [
+    (None, "not installed"),
+    ("import nothing_of_that_name", "its import fails: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+    ("class PASTA:\n    def __init__(self, *_):\n        raise ValueError('too new')", "steering fails: ValueError: too new"),
+])
+def test_a_peer_that_cannot_run_says_why(source, reason, monkeypatch, tmp_path):
+    for name in ("pastalib", "pastalib.pasta"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if source is None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pastalib" else find(name, *a))
+    else:
+        (tmp_path / "pastalib").mkdir()
+        (tmp_path / "pastalib/__init__.py").touch()
+        (tmp_path / "pastalib/pasta.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+    rows = bench(Settings.of("quick", device="cpu", methods=(), peers=("pastalib",)))["rows"]
+    assert {row["skipped"] for row in rows} == {f"not runnable here: {reason}"}
+    for name in ("pastalib", "pastalib.pasta"):
+        sys.modules.pop(name, None)
+
+
+def test_the_command_writes_the_record_and_prints_a_table(tmp_path):
+    output = tmp_path / "bench.json"
+    options = ["bench", "--quick", "--threads", "1", "--device", "cpu", "--methods", "pasta", "--peers", "additive-mask"]
+    found = CliRunner().invoke(app, [*options, "--output", str(output)])
+    assert found.exit_code == 0, found.output
+    assert "pasta/few" in found.stdout and "additive-mask" in found.stdout
+    assert "steerlens bench: D=16 prefill 64 pasta sdpa: " in found.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["case"] for row in rows} == {"pasta", "pasta/few", "additive-mask"}
+    as_json = CliRunner().invoke(app, [*options, "--json", "--head-dim", "8,16", "--decode-steps", "1"])
+    assert {row["head_dim"] for row in json.loads(as_json.stdout)["rows"]} == {8, 16}
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--size", "cpu-budget"], "excludes"),
+    (["--methods", "pastta"], "did you mean 'pasta'"),
+    (["--lengths", "2k"], "whole numbers"),
+    (["--heads", "6", "--kv-heads", "4"], "evenly"),
+    (["--repeats", "0"], ">= 1"),
+    (["--dtype", "int8"], "bfloat16"),
+    (["--output", "/nowhere/at/all.json"], "no folder"),
+])
+def test_impossible_settings_are_usage_errors(options, said):
+    found = CliRunner().invoke(app, ["bench", "--quick", *options])
+    assert (found.exit_code, said in found.stderr) == (2, True), found.stderr
+
+
+def test_an_unknown_size_names_the_nearest():
+    with pytest.raises(BenchError, match="did you mean 'cpu-budget'"):
+        Settings.of("cpu-budgt")
+
+
+def test_what_was_measured_survives_an_interrupted_run(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "Decode", stop)
+    output = tmp_path / "bench.json"
+    options = ["bench", "--quick", "--methods", "pasta", "--peers", "", "--output", str(output)]
+    assert CliRunner().invoke(app, options).exit_code == 130
+    record = json.loads(output.read_text())
+    assert [(row["phase"], row["case"]) for row in record["rows"]] == [("prefill", "pasta")]
+    assert "seconds" not in record["machine"]
+
+
+def test_budgets_are_those_of_the_design():
+    kinds = {case.name: case for case in cases.cases(Settings(), 4)}
+
+    def at(name, phase, tokens, backend="sdpa", device="cpu"):
+        return cases.budget(kinds[name], phase, tokens, backend, device)
+
+    assert [at("pasta", "prefill", n) for n in (512, 2048, 4096, 8192)] == [None, 1.10, 1.10, 1.15]
+    assert [at(name, "prefill", 4096) for name in ("act/few", "act/all relative")] == [1.35, 2.5]
+    assert [at("act/all", "decode", n) for n in (512, 1024, 8192)] == [None, 1.05, 1.05]
+    assert at("pasta", "prefill", 4096, "reference") is at("pasta", "prefill", 4096, device="cuda") is None
+    few = cases.few_heads(4, 16)
+    assert (sum(map(len, few.values())), sorted(few)) == (6, [0, 1, 2, 3])
+    rows = [{"met": None}, {"met": True}, {"met": False, "case": "a"}, {"skipped": "b"}]
+    assert over_budget({"rows": rows}) == [{"met": False, "case": "a"}]
+
+
+def test_sides_take_turns_in_going_first():
+    order = []
+
+    def side(name, seconds):
+        def run():
+            order.append(name)
+            return seconds
+        return run
+
+    found = timing.pairs(side("a", 2.0), side("b", 3.0), count=3, warmup=1)
+    assert found == [(2.0, 3.0)] * 3
+    assert "".join(order) == "ab" + "abbaab"
+    assert timing.summary(found) == {"unsteered_ms": 2000.0, "steered_ms": 3000.0, "ratio": timing.spread([1.5] * 3)}
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"n": 5, "min": 1, "q1": 2, "median": 3, "q3": 4, "max": 5}
+    assert timing.spread([2.0]) == {"n": 1, "min": 2, "q1": 2, "median": 2, "q3": 2, "max": 2}
+
+
+def test_decode_steps_start_again_from_the_prompt():
+    small = model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32")
+    decode = timing.Decode(small, model.tokens(1, 20, 0, "cpu"), steps=3)
+    seen = []
+    with torch.inference_mode():
+        for _ in range(7):
+            decode()
+            seen.append(decode.cache.get_seq_length())
+    assert seen == [21, 22, 23, 21, 22, 23, 21]
+
+
+def test_a_shared_model_has_the_same_weights_and_its_own_steering():
+    small = model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32")
+    twin = model.share(small)
+    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in small.parameters()]
+    ids = model.tokens(1, 20, 0, "cpu")
+    with torch.no_grad():
+        before = small(ids).logits
+        with steer(twin, ZeroTuning(gamma=4)):
+            assert torch.equal(small(ids).logits, before)
+            assert not torch.equal(twin(ids).logits, before)
+
+
+def test_peers_say_what_they_need_and_what_fails(monkeypatch):
+    assert peers.memory("eager", 1, 16, 4096, 2) == 16 * 4096**2 * 10
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
+    settings = Settings.of("quick", device="cpu", methods=(), peers=("eager",), decode_lengths=())
+    assert "GiB are free" in bench(settings)["rows"][0]["skipped"]
+    short = Settings.of("quick", device="cpu", methods=(), peers=("eager",), decode_lengths=(), peer_limit=32)
+    assert bench(short)["rows"][0]["skipped"] == "longer than peer_limit=32"
