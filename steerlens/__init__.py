@@ -13,16 +13,23 @@ if (_repo / "pyproject.toml").is_file() and (_repo / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from steerlens.attach import Steering, steer
-    from steerlens.recording import Record, capture
     from steerlens.encoding import encode
     from steerlens.methods.base import PerRow
     from steerlens.recipe import Recipe, load_recipe
+    from steerlens.recording import Record, capture
     from steerlens.spans import Spans
 
 __version__ = "0.1.0"
 _HOMES = {
-    "PerRow": "methods.base", "Recipe": "recipe", "Record": "recording", "Spans": "spans", "Steering": "attach",
-    "capture": "recording", "encode": "encoding", "load_recipe": "recipe", "steer": "attach",
+    "PerRow": "methods.base",
+    "Recipe": "recipe",
+    "Record": "recording",
+    "Spans": "spans",
+    "Steering": "attach",
+    "capture": "recording",
+    "encode": "encoding",
+    "load_recipe": "recipe",
+    "steer": "attach",
 }
 __all__ = ["PerRow", "Recipe", "Record", "Spans", "Steering", "capture", "encode", "load_recipe", "steer"]
 

@@ -24,7 +24,12 @@ from steerlens.spans import Spans
 
 
 def steer(
-    model: Any, methods: Any, spans: Any = None, *, backend: str = "auto", report: str | None = None,
+    model: Any,
+    methods: Any,
+    spans: Any = None,
+    *,
+    backend: str = "auto",
+    report: str | None = None,
     prompt_lengths: int | Sequence[int] | None = None,
 ) -> Steering:
     """Steer a model's attention; use as a context manager, or call `attach()` and `detach()`.
@@ -47,8 +52,16 @@ def steer(
 class Steering:
     """Methods on a model. `with steer(…) as steered:` attaches on entry and detaches on exit, by exception too."""
 
-    def __init__(self, model: Any, methods: Any, spans: Any, *, backend: str, report: str | None,
-                 prompt_lengths: int | Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        methods: Any,
+        spans: Any,
+        *,
+        backend: str,
+        report: str | None,
+        prompt_lengths: int | Sequence[int] | None,
+    ) -> None:
         self.model = unwrap(model)
         base = getattr(self.model, "base_model", None)
         if not isinstance(base, torch.nn.Module):
@@ -66,7 +79,7 @@ class Steering:
         self.prompt_lengths = None if lengths is None else tuple(int(n) for n in lengths)
         if self.prompt_lengths is not None and min(self.prompt_lengths, default=0) < 1:
             raise ValueError(f"prompt_lengths={prompt_lengths!r}; allowed: one number of tokens >= 1 per prompt row")
-        self._report_mass = report == "mass"
+        self.observes = report == "mass"
         self._mass: dict[int, list[torch.Tensor]] = {}
         self._calls: dict[int, tuple[int, int]] = {}
         self._inside = False
@@ -76,16 +89,20 @@ class Steering:
         self._place(facts)
 
     def _place(self, facts: Any) -> None:
+        same: dict[Any, tuple[int, int]] = {}
         for number, method in enumerate(self.methods):
             if not isinstance(method, EditMethod):
                 continue
             if self.spans is None and method.needs:
-                raise SpanError(f"{method.name} needs spans for {', '.join(method.needs)}: pass spans= from steerlens.encode")
+                raise SpanError(
+                    f"{method.name} needs spans for {', '.join(method.needs)}: pass spans= from steerlens.encode"
+                )
             plan: Plan = method.plan(facts, self.spans)
             for layer, edits in plan.items():
                 for place, edit in enumerate(edits):
                     key = (id(self), layer, number, place)
-                    self.placed.setdefault(layer, []).append(Placed(edit, self.spans, key, self.prompt_rows))
+                    token = same.setdefault(edit, (id(self), len(same)))
+                    self.placed.setdefault(layer, []).append(Placed(edit, self.spans, key, self.prompt_rows, token))
         self.plan = {layer: tuple(p.edit for p in items) for layer, items in sorted(self.placed.items())}
 
     def _count_rows(self) -> int | None:
@@ -148,7 +165,9 @@ class Steering:
     def __enter__(self) -> Self:
         return self.attach()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def describe(self) -> str:
@@ -179,7 +198,7 @@ class Steering:
 
     def observe(self, layer: int, call: Call, now: Pass) -> None:
         """Accumulate the change of mass of one attention call, on the device and without synchronising."""
-        if not self._report_mass or not any(isinstance(p.edit, Reweight) for p in self.placed.get(layer, ())):
+        if not any(isinstance(p.edit, Reweight) for p in self.placed.get(layer, ())):
             return
         edits = reference.resolve(call)
         H, Tk = call.query.shape[1], call.key.shape[2]
@@ -208,7 +227,7 @@ class Steering:
             return
         what = "spans" if self.spans is not None and self.spans.groups else "PerRow"
         raise SpanError(
-            f"{what} describe {self.prompt_rows} prompt rows, the batch has {batch}: pass one entry per row of the batch"
+            f"{what} describe {self.prompt_rows} prompt rows, the batch has {batch}: pass one entry per batch row"
         )
 
     def allow_forward(self) -> None:
@@ -218,12 +237,12 @@ class Steering:
         for method in self.methods:
             if isinstance(method, DecodingMethod):
                 raise SteeringStateError(
-                    f"{method.name} works across several forwards: call generate(…), or its score(model, inputs, spans) "
+                    f"{method.name} works across several forwards: call generate(…), or score(model, inputs, spans) "
                     "for log-likelihoods; a bare forward would not be steered"
                 )
             if isinstance(method, PromptMethod):
                 raise SteeringStateError(
-                    f"{method.name} rewrites the prompt: call generate(…), or its prepare(inputs, spans) before a forward"
+                    f"{method.name} rewrites the prompt: call generate(…), or prepare(inputs, spans) yourself"
                 )
 
 
@@ -296,7 +315,7 @@ def _generate(model_ref: Any, original: Callable[..., Any], engine: Engine) -> C
                 owner._inside = False
         engine.scope = _scope(model, kwargs)
         for site in engine.sites.values():
-            site.__dict__["reached"] = False
+            site.reached = False
         try:
             output = original(model, *((kwargs.pop("inputs"),) if "inputs" in kwargs else ()), *rest, **kwargs)
             engine.judge()

@@ -12,7 +12,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steerlens import backends, facts
 from steerlens.backends.call import Call, canonical
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
-from steerlens.lower import lower
+from steerlens.lower import Placed, lower
 from steerlens.passes import Pass, Prompt, fit
 
 if TYPE_CHECKING:
@@ -34,8 +34,17 @@ if TYPE_CHECKING:
 
 NAME = "steerlens"
 _UNDERSTOOD = {
-    "sliding_window", "softcap", "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states",
-    "output_router_logits", "cache_position", "return_dict", "num_items_in_batch",
+    "sliding_window",
+    "softcap",
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "cache_position",
+    "return_dict",
+    "num_items_in_batch",
 }
 
 
@@ -64,13 +73,16 @@ class Site(Guarded):
 
     Attributes:
         config: the module's own config, put back on release.
-        calls: attention calls so far; `rows`: query rows of all batch rows.
+        placed: the layer's edits, over all contexts.
+        calls: attention calls so far; `rows`: query rows of all batch rows; `reached`: called since the last start.
     """
 
-    def __init__(self, engine: Engine, layer: int, module: torch.nn.Module) -> None:
+    def __init__(self, engine: Engine, layer: int, module: Any) -> None:
         self.engine, self.layer, self.module = engine, layer, module
-        self.config = module.config
+        self.config: Any = module.config
+        self.placed: list[Placed] = []
         self.calls = self.rows = 0
+        self.reached = True
         routed = copy.copy(self.config)
         routed._attn_implementation_internal = NAME
         module.config = routed
@@ -83,19 +95,22 @@ class Site(Guarded):
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
-        eager = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
-        routed, self.module.config = self.module.config, self.config
+        module: Any = self.module
+        routed, module.config = module.config, self.config
         try:
             return function(self.module, *args, **kwargs)
         finally:
-            self.module.config = routed
+            module.config = routed
 
 
 class Scope:
     """One wrapped `generate`: its inputs say what the prompt is, whatever forwards run inside."""
 
-    def __init__(self, width: int, ids: torch.Tensor | None, mask: torch.Tensor | None, expand: int, beams: bool) -> None:
+    def __init__(
+        self, width: int, ids: torch.Tensor | None, mask: torch.Tensor | None, expand: int, beams: bool
+    ) -> None:
         self.width, self.ids, self.mask, self.expand, self.beams = width, ids, mask, expand, beams
 
 
@@ -110,12 +125,14 @@ class Engine(Guarded):
         self.sites: dict[int, Site] = {}
         self.contexts: list[Steering] = []
         self.records: list[Record] = []
+        self.observers: list[Steering | Record] = []
+        self.backend = "auto"
         self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Scope | None, Prompt]] = weakref.WeakKeyDictionary()
         self.current: Pass | None = None
         self.scope: Scope | None = None
         self.thread = threading.get_ident()
         self._running: int | None = None
-        self._signature = inspect.signature(type(base).forward)
+        self._arguments = list(inspect.signature(type(base).forward).parameters)[1:]
         self._hooks: list[Any] = []
 
     @classmethod
@@ -126,7 +143,9 @@ class Engine(Guarded):
 
     def describe(self) -> str:
         """The contexts in force, for messages."""
-        return ", ".join([c.describe() for c in self.contexts] + ["steerlens.capture"] * bool(self.records)) or "steerlens"
+        return (
+            ", ".join([c.describe() for c in self.contexts] + ["steerlens.capture"] * bool(self.records)) or "steerlens"
+        )
 
     def update(self) -> None:
         """Route the layers that the contexts in force need, release the others."""
@@ -136,6 +155,10 @@ class Engine(Guarded):
             self.sites.pop(layer).release()
         for layer in sorted(wanted - set(self.sites)):
             self.sites[layer] = Site(self, layer, self.modules[layer])
+        for layer, site in self.sites.items():
+            site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
+        self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
+        self.observers = [c for c in self.contexts if c.observes] + self.records
         active = bool(self.contexts or self.records)
         if active and not self._hooks:
             self._hooks = [
@@ -157,11 +180,6 @@ class Engine(Guarded):
             raise SteeringStateError(f"contexts in force name different prompt_lengths: {sorted(given)}")
         return next(iter(given), None)
 
-    @property
-    def backend(self) -> str:
-        """The backend that the contexts name."""
-        return next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
-
     # --- one forward -------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
@@ -172,8 +190,7 @@ class Engine(Guarded):
             )
         for context in self.contexts:
             context.allow_forward()
-        given = self._signature.bind_partial(module, *args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs} if args else kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None:
             return
@@ -193,16 +210,15 @@ class Engine(Guarded):
             real = torch.nn.functional.pad(known, (0, max(total - known.shape[1], 0)), value=True)[:, :total]
         if real is not None and bool(real.all()):
             real = None
-        keys = {
-            layer: (length, 0) if cache is None else cache.get_mask_sizes(length, layer) for layer in self.sites
-        }
+        keys = {layer: (length, 0) if cache is None else cache.get_mask_sizes(length, layer) for layer in self.sites}
         self.current = Pass(prompt, seen, length, real, plain, keys)
         self._running = threading.get_ident()
         for site in self.sites.values():
-            site.__dict__["reached"] = False
+            site.reached = False
 
-    def _prompt(self, cache: Cache | None, seen: int, batch: int, length: int, mask: torch.Tensor | None,
-                tokens: torch.Tensor) -> Prompt:
+    def _prompt(
+        self, cache: Cache | None, seen: int, batch: int, length: int, mask: torch.Tensor | None, tokens: torch.Tensor
+    ) -> Prompt:
         scope = self.scope
         lengths = self.prompt_lengths
         found = self.prompts.get(cache) if cache is not None and seen else None
@@ -250,7 +266,7 @@ class Engine(Guarded):
 
     def judge(self) -> None:
         """Raise `NotReachedError` for a steered layer that the last call never came to."""
-        missed = [layer for layer, site in self.sites.items() if not site.__dict__.get("reached", True)]
+        missed = [layer for layer, site in self.sites.items() if not site.reached]
         if missed:
             raise NotReachedError(
                 f"{self.describe()}: layers {missed} of {self.facts.name} were routed but never called, so nothing was "
@@ -260,10 +276,17 @@ class Engine(Guarded):
     # --- one attention call ------------------------------------------------------------------------------------------
 
     def attend(
-        self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-        dropout: float, scaling: float | None, extra: dict[str, Any],
+        self,
+        site: Site,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        extra: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Steered attention of one module: output [B, Tq, H, Dv], and the weights if the reference was asked for them."""
+        """Steered attention of one module: output [B, Tq, H, Dv], and the weights if the reference was asked."""
         now = self.current
         if now is None:
             raise SteeringStateError(
@@ -278,20 +301,19 @@ class Engine(Guarded):
             )
         if dropout:
             raise UnsupportedError(f"attention dropout {dropout} is on: steering is exact only in model.eval()")
-        unknown = {k: type(v).__name__ for k, v in extra.items() if v is not None and k not in _UNDERSTOOD}
+        unknown = [k for k, v in extra.items() if v is not None and k not in _UNDERSTOOD]
         if unknown or extra.get("is_causal") is False:
             raise UnsupportedError(
                 f"layer {site.layer} of {self.facts.name} passes arguments that steerlens does not know: "
-                f"{unknown or 'is_causal=False'} (learned sinks, sparse or packed attention); steering could be wrong"
+                f"{', '.join(unknown) or 'is_causal=False'} (learned sinks, sparse or packed attention)"
             )
         site.calls += 1
         site.rows += query.shape[0] * query.shape[2]
-        site.__dict__["reached"] = True
-        placed = [item for context in self.contexts for item in context.placed.get(site.layer, ())]
+        site.reached = True
         call = self._call(site, now, query, key, value, mask, scaling, extra)
-        call.edits = lower(placed, now, site.layer, heads)
+        call.edits = lower(site.placed, now, site.layer, heads)
         want_weights = bool(extra.get("output_attentions"))
-        if not placed:
+        if not site.placed:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
         elif want_weights and self.backend != "reference":
             raise UnsupportedError(
@@ -305,33 +327,39 @@ class Engine(Guarded):
 
                 matrix = reference.weights(call, reference.resolve(call), slice(0, query.shape[2])).to(query.dtype)
             output = output.transpose(1, 2).contiguous()
-        with torch.no_grad():
-            for context in self.contexts:
-                context.observe(site.layer, call, now)
-            for record in self.records:
-                record.observe(site.layer, call, now)
+        for observer in self.observers:
+            with torch.no_grad():
+                observer.observe(site.layer, call, now)
         return output, matrix
 
     def _call(
-        self, site: Site, now: Pass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        mask: torch.Tensor | None, scaling: float | None, extra: dict[str, Any],
+        self,
+        site: Site,
+        now: Pass,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+        extra: dict[str, Any],
     ) -> Call:
         length, start = now.keys[site.layer]
         if key.shape[2] != length or query.shape[2] != now.q_len:
             raise UnsupportedError(
-                f"layer {site.layer}: {key.shape[2]} keys and {query.shape[2]} query rows, where the cache announced {length} "
+                f"layer {site.layer}: {key.shape[2]} keys and {query.shape[2]} rows, but the cache announced {length} "
                 f"keys and the forward {now.q_len} rows: this cache or mode cannot be steered exactly yet"
             )
         # A static cache has slots that were never written; they are no keys.
         written = min(now.columns - start, length)
         now.keys[site.layer] = (written, start)
-        key, value = key[:, :, :written], value[:, :, :written]
+        if written < length:
+            key, value = key[:, :, :written], value[:, :, :written]
         real = None if now.real is None else fit(now.real, written, start)
         window = extra.get("sliding_window")
         plain = now.plain and (window is None or now.columns <= window)
         offset = now.q_offset - start
         if mask is not None and mask.ndim == 4:
-            memo = ("mask", mask.data_ptr(), tuple(mask.shape), written)
+            memo: Hashable = ("mask", mask.data_ptr(), tuple(mask.shape), written)
             if memo not in now.memo:
                 now.memo[memo] = canonical(mask[..., :written])
             mask = now.memo[memo]  # type: ignore[assignment]
@@ -342,8 +370,7 @@ class Engine(Guarded):
             mask = now.memo[memo]  # type: ignore[assignment]
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        return Call(query, key, value, mask, float(scaling), extra.get("softcap"), offset, real, plain,
-                    memo=now.memo)
+        return Call(query, key, value, mask, float(scaling), extra.get("softcap"), offset, real, plain, memo=now.memo)
 
 
 def _from_columns(
@@ -381,9 +408,10 @@ def _attention_modules(base: torch.nn.Module, layers: int) -> dict[int, torch.nn
     found: dict[int, torch.nn.Module] = {}
     for module in base.modules():
         layer = getattr(module, "layer_idx", None)
-        if type(module).__name__.endswith("Attention") and isinstance(layer, int):
-            if found.setdefault(layer, module) is not module:
-                raise UnsupportedError(f"layer {layer} has two attention modules; which one to steer is not known")
+        if not isinstance(layer, int) or not type(module).__name__.endswith("Attention"):
+            continue
+        if found.setdefault(layer, module) is not module:
+            raise UnsupportedError(f"layer {layer} has two attention modules; which one to steer is not known")
     missing = sorted(set(range(layers)) - set(found))
     if missing:
         raise UnsupportedError(f"no attention module found for layers {missing} of {type(base).__name__}")
@@ -392,13 +420,21 @@ def _attention_modules(base: torch.nn.Module, layers: int) -> dict[int, torch.nn
 
 @torch.compiler.disable
 def steered_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that routed modules call; for one that is not routed it is plain SDPA."""
     site: Site | None = module.__dict__.get("_steerlens")
     if site is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     return site.engine.attend(site, query, key, value, attention_mask, dropout, scaling, kwargs)
 
 

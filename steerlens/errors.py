@@ -1,13 +1,13 @@
 """What can go wrong, as exceptions. Each message names the object, the value seen, what is allowed and the fix.
 
-    SteerlensError
-    ├── MethodError        unknown method or parameter, value out of range           (ValueError)
-    ├── HeadError          head specification that cannot be read or is out of range  (ValueError)
-    ├── SpanError          missing, ambiguous or mismatched spans                     (ValueError)
-    ├── RecipeError        recipe file that does not fit the schema or the model      (ValueError)
-    ├── UnsupportedError   model, cache, mask or mode that cannot be steered exactly  (RuntimeError)
-    └── SteeringStateError steered model used in a way that would lose or fake it     (RuntimeError)
-        └── NotReachedError  a steered layer was never called                         (RuntimeError)
+SteerlensError
+├── MethodError        unknown method or parameter, value out of range           (ValueError)
+├── HeadError          head specification that cannot be read or is out of range  (ValueError)
+├── SpanError          missing, ambiguous or mismatched spans                     (ValueError)
+├── RecipeError        recipe file that does not fit the schema or the model      (ValueError)
+├── UnsupportedError   model, cache, mask or mode that cannot be steered exactly  (RuntimeError)
+└── SteeringStateError steered model used in a way that would lose or fake it     (RuntimeError)
+└── NotReachedError  a steered layer was never called                         (RuntimeError)
 """
 
 from __future__ import annotations

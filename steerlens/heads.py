@@ -1,4 +1,4 @@
-"""Head sets: which query heads of which layers. Written as `"all"`, `{3: [17, 7]}`, `"3:17,7;8:*"` or `"scores.json:top20"`."""
+"""Head sets: `"all"`, `{3: [17, 7]}`, `"3:17,7;8:*"` or `"scores.json:top20"`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steerlens.errors import HeadError
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from steerlens.facts import ModelFacts
 
 _FILE = re.compile(r"^(?P<path>.+\.json)(?::top(?P<top>\d+))?$")
-_GRAMMAR = '"all", {layer: [heads]}, "3:17,7;8:*" (layer:heads, "*" for every one, "a-b" for a range) or "scores.json:top20"'
+_GRAMMAR = (
+    '"all", {layer: [heads]}, "3:17,7;8:*" (layer:heads, "*" for every one, "a-b" for a range) or "scores.json:top20"'
+)
+MOST = 9999
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Heads:
 
     Attributes:
         table: `None` for every head of every layer, else `(layer, heads)` pairs in layer order, where `heads` is a
-            sorted tuple of query-head indices or `None` for every head of that layer; layer `-1` stands for every layer.
+            sorted tuple of query-head indices or `None` for every head of that layer; layer `-1` is every layer.
     """
 
     table: tuple[tuple[int, tuple[int, ...] | None], ...] | None
@@ -53,7 +56,7 @@ class Heads:
         raise HeadError(f"heads: {spec!r} is not a head specification; allowed: {_GRAMMAR}")
 
     @classmethod
-    def _from_mapping(cls, spec: Mapping[object, object]) -> Heads:
+    def _from_mapping(cls, spec: Mapping[Any, Any]) -> Heads:
         table: dict[int, tuple[int, ...] | None] = {}
         for key, value in spec.items():
             if isinstance(key, bool) or not re.fullmatch(r"-?\d+", str(key)) or int(str(key)) < 0:
@@ -163,5 +166,8 @@ def _indices(text: str, spec: str) -> list[int]:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
         if not found:
             raise HeadError(f"heads: {item!r} in {spec!r} is not an index; allowed: {_GRAMMAR}")
-        indices.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last > MOST:
+            raise HeadError(f"heads: {item!r} in {spec!r} names index {last}; no model has more than {MOST}")
+        indices.extend(range(first, last + 1))
     return indices

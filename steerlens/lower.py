@@ -14,7 +14,6 @@ from steerlens.errors import UnsupportedError
 from steerlens.passes import Pass, SinkState, fit
 from steerlens.spans import Spans
 
-
 FEW = 256
 """So many sinks of a head are gathered key by key."""
 
@@ -26,12 +25,14 @@ class Placed:
     Attributes:
         key: names it among all edits of its layer and context, for its state.
         prompt_rows: prompt rows that `edit.batch` counts.
+        same: equal for edits that lower to the same tensors; cheaper to hash than they are.
     """
 
     edit: Edit
     spans: Spans | None
     key: Hashable
     prompt_rows: int | None
+    same: Hashable = None
 
 
 def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lowered]:
@@ -44,19 +45,21 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lower
         heads: H.
     """
     length, start = now.keys[layer]
-    ordered = [p for p in placed if isinstance(p.edit, Reweight)] + [p for p in placed if isinstance(p.edit, Ablate)]
-    found: list[Lowered] = []
-    for item in ordered:
+    moves: list[Lowered] = []
+    cuts: list[Lowered] = []
+    for item in placed:
         edit = item.edit
         if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
-            found.append(_keep(item, now, length, start))
+            moves.append(_keep(item, now, length, start))
             continue
         # Layers with the same edit share its tensors.
-        key = (edit, id(item.spans), item.prompt_rows, length, start, heads)
-        if key not in now.memo:
-            now.memo[key] = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)
-        found.append(now.memo[key])  # type: ignore[arg-type]
-    return found
+        key = (item.key if item.same is None else item.same, length, start)
+        lowered = now.memo.get(key)
+        if lowered is None:
+            lowered = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)
+            now.memo[key] = lowered
+        (cuts if isinstance(edit, Ablate) else moves).append(lowered)  # type: ignore[arg-type]
+    return moves + cuts
 
 
 def _batch(item: Placed, now: Pass) -> torch.Tensor | None:
@@ -134,9 +137,7 @@ def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
     return KeepMass(list(edit.heads), law.fraction, find, now.rows(edit.phase), few)
 
 
-def _sinks(
-    item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums
-) -> torch.Tensor:
+def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums) -> torch.Tensor:
     prompt = now.prompt
     state = prompt.sinks.get(item.key)
     if state is None:
@@ -161,7 +162,7 @@ def _sinks(
     if rule.running and now.columns > prompt.width:
         if now.q_len > 1:
             raise UnsupportedError(
-                f"act with decode='running' renews its sinks with every generated row, but this forward holds {now.q_len} "
+                f"act with decode='running' renews its sinks with every generated row; this forward holds {now.q_len} "
                 "rows: it needs the cache (use_cache=True) and no assisted decoding, or decode='frozen'"
             )
         one = torch.ones(prompt.batch, 1, dtype=torch.bool, device=prompt.first.device)

@@ -146,9 +146,7 @@ def load(
     arguments: dict[str, Any] = dict(model_args or {})
     placed = _placement(device, device_map)
     if dtype not in DTYPES:
-        raise ModelOptionError(
-            f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
-        )
+        raise ModelOptionError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     _check_name(name, target)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     source |= {key: arguments[key] for key in ("cache_dir", "subfolder", "token") if key in arguments}
@@ -158,14 +156,10 @@ def load(
         config = AutoConfig.from_pretrained(target, **source)
         _check_arguments(arguments, config)
         arguments |= _quantized(arguments)
-        quantized = (
-            "quantization_config" in arguments or getattr(config, "quantization_config", None) is not None
-        )
+        quantized = "quantization_config" in arguments or getattr(config, "quantization_config", None) is not None
         if device_map is not None or quantized:
             arguments["device_map"] = device_map if device_map is not None else {"": placed}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            target, dtype=DTYPES[dtype], **{**source, **arguments}
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=DTYPES[dtype], **{**source, **arguments})
         tokenizer = AutoTokenizer.from_pretrained(target, padding_side="left", **source)
         if "device_map" not in arguments:
             model.to(torch.device(placed))
@@ -185,9 +179,7 @@ def _placement(device: str | None, device_map: Any) -> str:
     if device is None:
         return available[0]
     if device_map is not None:
-        raise ModelOptionError(
-            f"device {device!r} and device_map {device_map!r} exclude each other; give one of them"
-        )
+        raise ModelOptionError(f"device {device!r} and device_map {device_map!r} exclude each other; give one of them")
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -202,9 +194,7 @@ def _placement(device: str | None, device_map: Any) -> str:
 def _check_name(name: str, target: str) -> None:
     if Path(target).is_dir():
         if name == TINY and not (Path(target) / "model.safetensors").is_file():
-            raise ModelLoadError(
-                f"model 'tiny' is missing from this installation ({target}); install steerlens again"
-            )
+            raise ModelLoadError(f"model 'tiny' is missing from this installation ({target}); install steerlens again")
         return
     if not name.strip():
         raise ModelOptionError("the model's name is empty; give an alias, a Hub id or a local path")

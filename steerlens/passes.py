@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from steerlens.edits import FirstToken, Keys, OutsideSpan, Phase, PromptKeys, Sinks, SpanKeys
+from steerlens.edits import FirstToken, Keys, Phase, PromptKeys, Sinks, SpanKeys
 from steerlens.errors import SpanError
 from steerlens.spans import Spans
 
@@ -63,11 +63,17 @@ class Prompt:
     real: torch.Tensor | None
     beams: bool = False
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
-    _spans: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, width: int, real: torch.Tensor | None, batch: int, device: torch.device,
-              lengths: tuple[int, ...] | None = None) -> Prompt:
+    def start(
+        cls,
+        width: int,
+        real: torch.Tensor | None,
+        batch: int,
+        device: torch.device,
+        lengths: tuple[int, ...] | None = None,
+    ) -> Prompt:
         """A prompt of `width` columns; `real` [B, >= width] marks its tokens; `lengths` cut it per row, in tokens."""
         real = None if real is None else real[:, :width].to(device)
         first = torch.zeros(batch, dtype=torch.long, device=device)
@@ -92,26 +98,44 @@ class Prompt:
 
     def span(self, spans: Spans, group: str, section: int | None) -> torch.Tensor:
         """The group's columns, bool [B, width]."""
-        key = (id(spans), group, section)
-        if key not in self._spans:
-            table = torch.zeros(spans.rows, self.width, dtype=torch.bool)
-            for row, sections in enumerate(spans.groups[group]):
-                for start, stop in sections if section is None else sections[section : section + 1]:
-                    if stop > self.width:
-                        raise SpanError(
-                            f"span ({start}, {stop}) of group {group!r}, row {row}, ends after the prompt of "
-                            f"{self.width} columns; spans count padded columns of the same inputs"
-                        )
-                    table[row, start:stop] = True
-            self._spans[key] = self._expand(table)
-        return self._spans[key]
+        table = torch.zeros(spans.rows, self.width, dtype=torch.bool)
+        for row, sections in enumerate(spans.groups[group]):
+            for start, stop in sections if section is None else sections[section : section + 1]:
+                if stop > self.width:
+                    raise SpanError(
+                        f"span ({start}, {stop}) of group {group!r}, row {row}, ends after the prompt of "
+                        f"{self.width} columns; spans count padded columns of the same inputs"
+                    )
+                table[row, start:stop] = True
+        return self._expand(table)
 
     def sections(self, spans: Spans, group: str) -> torch.Tensor:
         """Number of sections per row, int64 [B]."""
-        key = (id(spans), group, "sections")
-        if key not in self._spans:
-            self._spans[key] = self._expand(torch.tensor([len(row) for row in spans.groups[group]]))
-        return self._spans[key]
+        return self._expand(torch.tensor([len(row) for row in spans.groups[group]]))
+
+    def key_columns(self, keys: Keys, spans: Spans | None) -> torch.Tensor:
+        """The prompt columns an edit means, bool [B, width]."""
+        known = (keys, id(spans))
+        if known not in self._columns:
+            # The spans are kept with what they gave, so that their id names nothing else.
+            self._columns[known] = (spans, self._find(keys, spans))
+        return self._columns[known][1]
+
+    def _find(self, keys: Keys, spans: Spans | None) -> torch.Tensor:
+        columns = torch.arange(self.width, device=self.first.device)
+        if isinstance(keys, FirstToken):
+            return columns == self.first[:, None]
+        in_prompt = columns < self.stop[:, None]
+        if isinstance(keys, PromptKeys) and not keys.sections:
+            return in_prompt
+        assert spans is not None and not isinstance(keys, Sinks)
+        if isinstance(keys, PromptKeys):
+            return in_prompt & (self.sections(spans, keys.group) >= keys.sections)[:, None]
+        inside = self.span(spans, keys.group, keys.section)
+        if isinstance(keys, SpanKeys):
+            return inside
+        needed = 1 if keys.section is None else keys.section + 1
+        return in_prompt & ~inside & (self.sections(spans, keys.group) >= needed)[:, None]
 
     def rows_of(self, batch: tuple[int, ...], rows: int) -> torch.Tensor:
         """The batch rows that belong to these prompt rows, bool [B]."""
@@ -169,24 +193,8 @@ class Pass:
         return None if self.real is None else self.real[:, self.q_offset : self.columns]
 
     def key_columns(self, keys: Keys, spans: Spans | None) -> torch.Tensor:
-        """The columns an edit means, bool [B, C]."""
-        prompt = self.prompt
-        columns = torch.arange(self.columns, device=prompt.first.device)
-        if isinstance(keys, FirstToken):
-            return columns == prompt.first[:, None]
-        in_prompt = columns < prompt.stop[:, None]
-        if isinstance(keys, PromptKeys):
-            if not keys.sections:
-                return in_prompt
-            assert spans is not None
-            return in_prompt & (prompt.sections(spans, keys.group) >= keys.sections)[:, None]
-        assert spans is not None
-        assert isinstance(keys, SpanKeys | OutsideSpan) and not isinstance(keys, Sinks)
-        inside = fit(prompt.span(spans, keys.group, keys.section), self.columns)
-        if isinstance(keys, SpanKeys):
-            return inside
-        needed = 1 if keys.section is None else keys.section + 1
-        return in_prompt & ~inside & (prompt.sections(spans, keys.group) >= needed)[:, None]
+        """The columns an edit means, bool [B, C]; all of them are prompt columns."""
+        return fit(self.prompt.key_columns(keys, spans), self.columns)
 
 
 def fit(table: torch.Tensor, length: int, start: int = 0) -> torch.Tensor:

@@ -33,9 +33,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _error(
-                event, "anchors and aliases (& and *) are not read; write the value out, or quote the text"
-            )
+            raise _error(event, "anchors and aliases (& and *) are not read; write the value out, or quote the text")
         return super().compose_node(parent, index)
 
 
@@ -117,9 +115,7 @@ def plain(text: str) -> Any:
 
 def dump(data: Any) -> str:
     """YAML text that `read` reads back to the same data; lists of scalars stay on one line."""
-    return yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None
-    )
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
 
 
 def _int(text: str) -> int:
@@ -144,9 +140,7 @@ def _build(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Any:
                 raise _error(key_node, f"the key {key!r} appears twice")
             built[key] = _build(value_node, (*path, key), lines)
         return built
-    raise _error(
-        node, f"the tag {node.tag!r} is not read; allowed: mappings, lists, text, numbers, true/false, null"
-    )
+    raise _error(node, f"the tag {node.tag!r} is not read; allowed: mappings, lists, text, numbers, true/false, null")
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:

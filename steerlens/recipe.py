@@ -119,9 +119,7 @@ class Recipe(Part):
                 commit_message=f"steerlens recipe {self.name}",
             )
         except Exception as error:  # the Hub client raises its own, requests' and httpx's errors
-            raise RecipeFetchError(
-                f"cannot upload recipe {self.name!r} to {repo!r}: {_first_line(error)}"
-            ) from error
+            raise RecipeFetchError(f"cannot upload recipe {self.name!r} to {repo!r}: {_first_line(error)}") from error
         return str(commit.commit_url)
 
 

@@ -46,9 +46,7 @@ def _ordered(interval: list[float]) -> list[float]:
 
 def _source(text: str) -> str:
     if not text.startswith(UNPROVED) or not text[len(UNPROVED) :].strip():
-        raise ValueError(
-            f"{text[:60]!r} must be measured numbers, or begin with {UNPROVED!r} and name its source"
-        )
+        raise ValueError(f"{text[:60]!r} must be measured numbers, or begin with {UNPROVED!r} and name its source")
     return text
 
 
@@ -131,9 +129,7 @@ def explain(error: ValidationError, root: type[BaseModel], source: str, lines: p
         else:
             text = problem["msg"].removeprefix("Value error, ")
             what = (
-                text
-                if problem["type"] == "value_error"
-                else f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
+                text if problem["type"] == "value_error" else f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
             )
         found.append(f"{where}: {place}: {what}")
     return "\n".join(found)

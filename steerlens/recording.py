@@ -87,7 +87,9 @@ class Record:
         self._engine.update()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._engine.records.remove(self)
         self._engine.update()
 
@@ -145,8 +147,15 @@ class Record:
         return found
 
     def _columns(
-        self, record: LayerRecord, a: torch.Tensor, call: Call, rows: slice, heads: list[int], real: torch.Tensor,
-        columns: int, start: int,
+        self,
+        record: LayerRecord,
+        a: torch.Tensor,
+        call: Call,
+        rows: slice,
+        heads: list[int],
+        real: torch.Tensor,
+        columns: int,
+        start: int,
     ) -> None:
         counted = real[:, None, rows, None]
         visible = call.visible(rows)

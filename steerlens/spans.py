@@ -31,7 +31,9 @@ class Spans:
     def __post_init__(self) -> None:
         counts = {group: len(rows) for group, rows in self.groups.items()}
         if len(set(counts.values())) > 1:
-            raise SpanError(f"span groups have different numbers of rows: {counts}; each needs one entry per prompt row")
+            raise SpanError(
+                f"span groups have different numbers of rows: {counts}; each needs one entry per prompt row"
+            )
         if self.fingerprint is not None and counts and len(self.fingerprint) not in counts.values():
             raise SpanError(f"spans have {self.rows} rows but {len(self.fingerprint)} fingerprints")
         for group, rows in self.groups.items():
@@ -95,7 +97,8 @@ def digests(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tup
     ids = input_ids.tolist()
     masks = [[1] * len(row) for row in ids] if attention_mask is None else attention_mask.long().tolist()
     return tuple(
-        hashlib.blake2b(repr((row, mask)).encode(), digest_size=8).hexdigest() for row, mask in zip(ids, masks, strict=True)
+        hashlib.blake2b(repr((row, mask)).encode(), digest_size=8).hexdigest()
+        for row, mask in zip(ids, masks, strict=True)
     )
 
 

@@ -27,7 +27,10 @@ def prompts():
     def make(side: str | None = None, lengths=(20, 13, 17), seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         width = max(lengths)
-        ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+        ids, mask = (
+            torch.zeros(len(lengths), width, dtype=torch.long),
+            torch.zeros(len(lengths), width, dtype=torch.long),
+        )
         for row, length in enumerate(lengths if side else [width] * len(lengths)):
             at = slice(width - length, width) if side == "left" else slice(0, length)
             ids[row, at] = torch.randint(3, 97, (length,), generator=generator)

@@ -4,8 +4,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 FAMILIES = {
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
@@ -13,8 +20,16 @@ FAMILIES = {
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
     "qwen2": ("qwen2", {"num_key_value_heads": 4}),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 12, "head_dim": 8}),
-    "gemma2": ("gemma2", {"num_key_value_heads": 4, "sliding_window": 12, "head_dim": 16, "query_pre_attn_scalar": 16,
-                          "attn_logit_softcapping": 5.0}),
+    "gemma2": (
+        "gemma2",
+        {
+            "num_key_value_heads": 4,
+            "sliding_window": 12,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+        },
+    ),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 256}),
 }
 

@@ -64,9 +64,7 @@ def test_what_is_timed_was_checked_where_it_changes_something(record):
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
     right = backends.attention
-    monkeypatch.setattr(
-        backends, "attention", lambda name, call: right(name, call) * (1.01 if name == "sdpa" else 1)
-    )
+    monkeypatch.setattr(backends, "attention", lambda name, call: right(name, call) * (1.01 if name == "sdpa" else 1))
     settings = Settings.of("quick", threads=1, device="cpu", methods=("zerotuning",), peers=())
     rows = bench(settings)["rows"]
     wrong = [row for row in rows if "skipped" in row]
@@ -85,17 +83,26 @@ def test_a_backend_that_is_not_here_is_reported(monkeypatch):
     assert {row["skipped"] for row in bench(settings)["rows"]} == {"backend 'reference' is not here"}
 
 
-@pytest.mark.parametrize(("source", "reason"), [
-    (None, "not installed"),
-    ("import nothing_of_that_name", "its import fails: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-    ("class PASTA:\n    def __init__(self, *_):\n        raise ValueError('too new')", "steering fails: ValueError: too new"),
-])
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (None, "not installed"),
+        (
+            "import nothing_of_that_name",
+            "its import fails: ModuleNotFoundError: No module named 'nothing_of_that_name'",
+        ),
+        (
+            "class PASTA:\n    def __init__(self, *_):\n        raise ValueError('too new')",
+            "steering fails: ValueError: too new",
+        ),
+    ],
+)
 def test_a_peer_that_cannot_run_says_why(source, reason, monkeypatch, tmp_path):
     for name in ("pastalib", "pastalib.pasta"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     if source is None:
         find = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pastalib" else find(name, *a))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "pastalib" else find(n, *a))
     else:
         (tmp_path / "pastalib").mkdir()
         (tmp_path / "pastalib/__init__.py").touch()
@@ -109,7 +116,7 @@ def test_a_peer_that_cannot_run_says_why(source, reason, monkeypatch, tmp_path):
 
 def test_the_command_writes_the_record_and_prints_a_table(tmp_path):
     output = tmp_path / "bench.json"
-    options = ["bench", "--quick", "--threads", "1", "--device", "cpu", "--methods", "pasta", "--peers", "additive-mask"]
+    options = ["bench", "--quick", "--threads=1", "--device=cpu", "--methods=pasta", "--peers=additive-mask"]
     found = CliRunner().invoke(app, [*options, "--output", str(output)])
     assert found.exit_code == 0, found.output
     assert "pasta/few" in found.stdout and "additive-mask" in found.stdout
@@ -120,15 +127,18 @@ def test_the_command_writes_the_record_and_prints_a_table(tmp_path):
     assert {row["head_dim"] for row in json.loads(as_json.stdout)["rows"]} == {8, 16}
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--size", "cpu-budget"], "excludes"),
-    (["--methods", "pastta"], "did you mean 'pasta'"),
-    (["--lengths", "2k"], "whole numbers"),
-    (["--heads", "6", "--kv-heads", "4"], "evenly"),
-    (["--repeats", "0"], ">= 1"),
-    (["--dtype", "int8"], "bfloat16"),
-    (["--output", "/nowhere/at/all.json"], "no folder"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "cpu-budget"], "excludes"),
+        (["--methods", "pastta"], "did you mean 'pasta'"),
+        (["--lengths", "2k"], "whole numbers"),
+        (["--heads", "6", "--kv-heads", "4"], "evenly"),
+        (["--repeats", "0"], ">= 1"),
+        (["--dtype", "int8"], "bfloat16"),
+        (["--output", "/nowhere/at/all.json"], "no folder"),
+    ],
+)
 def test_impossible_settings_are_usage_errors(options, said):
     found = CliRunner().invoke(app, ["bench", "--quick", *options])
     assert (found.exit_code, said in found.stderr) == (2, True), found.stderr
@@ -175,6 +185,7 @@ def test_sides_take_turns_in_going_first():
         def run():
             order.append(name)
             return seconds
+
         return run
 
     found = timing.pairs(side("a", 2.0), side("b", 3.0), count=3, warmup=1)

@@ -133,9 +133,7 @@ def test_run_prints_the_steered_text_only(call, model):
 
 
 def test_compare_shows_both_sides(call, model):
-    found = call(
-        "--method", "pasta", "--set", "alpha=1e-3", "--prompt", PROMPT, "--emphasize", "w3 w4", "--compare"
-    )
+    found = call("--method", "pasta", "--set", "alpha=1e-3", "--prompt", PROMPT, "--emphasize", "w3 w4", "--compare")
     before, after = direct(model, None, PROMPT)[0], direct(model, PASTA(alpha=0.001), PROMPT, ["w3 w4"])[0]
     assert before != after
     assert found.stdout.splitlines() == [f"unsteered: {before}", f"steered:   {after}"]
@@ -338,10 +336,7 @@ def test_a_bug_is_one_line_unless_debugging(call, monkeypatch):
     monkeypatch.setattr("steerlens.models.load", lambda *_: 1 / 0)
     found = call(*ZT, "--prompt", PROMPT)
     assert found.exit_code == 1
-    assert (
-        found.stderr
-        == "steerlens: failed: ZeroDivisionError: division by zero (STEERLENS_DEBUG=1 shows where)\n"
-    )
+    assert found.stderr == "steerlens: failed: ZeroDivisionError: division by zero (STEERLENS_DEBUG=1 shows where)\n"
     monkeypatch.setenv("STEERLENS_DEBUG", "1")
     assert isinstance(call(*ZT, "--prompt", PROMPT).exception, ZeroDivisionError)
 
@@ -554,13 +549,9 @@ def test_signals_and_resume(call, model, tmp_path):
     ]
     for number, expected in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         before = len(out.read_bytes().splitlines()) if out.exists() else 0
-        running = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         deadline = time.monotonic() + 60
-        while (
-            not (out.exists() and len(out.read_bytes().splitlines()) > before) and time.monotonic() < deadline
-        ):
+        while not (out.exists() and len(out.read_bytes().splitlines()) > before) and time.monotonic() < deadline:
             assert running.poll() is None, running.stderr.read()
             time.sleep(0.005)
         running.send_signal(number)
@@ -676,14 +667,11 @@ def test_doctor_fails_when_a_backend_is_wrong(call, monkeypatch):
     original = doctor._backend
 
     def wrong(model, inputs, native, backend, reference):
-        return original(
-            model, inputs, native + 0, backend, {"logits": native} if backend == "sdpa" else reference
-        )
+        return original(model, inputs, native + 0, backend, {"logits": native} if backend == "sdpa" else reference)
 
     monkeypatch.setattr(doctor, "_backend", wrong)
     found = call("doctor", run=False)
     assert found.exit_code == 1
     assert any(
-        line.startswith("sdpa") and "fails: AssertionError: differs" in line
-        for line in found.stdout.splitlines()
+        line.startswith("sdpa") and "fails: AssertionError: differs" in line for line in found.stdout.splitlines()
     )

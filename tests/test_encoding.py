@@ -2,8 +2,6 @@
 
 import logging
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -56,9 +54,7 @@ def byte_level(*, eos=False, bos=True, trim_offsets=False, prefix_space=False, t
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(
-            show_progress=False, vocab_size=360, special_tokens=special, initial_alphabet=alphabet
-        ),
+        trainers.BpeTrainer(show_progress=False, vocab_size=360, special_tokens=special, initial_alphabet=alphabet),
     )
     around = processors.TemplateProcessing(
         single=f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -71,9 +67,7 @@ def byte_level(*, eos=False, bos=True, trim_offsets=False, prefix_space=False, t
 
 def words(*, normalizer=None, **kwargs):
     """One token per word, mark and space: offsets (0,5), (5,6), (6,11) for "Hello world"."""
-    tok = Tokenizer(
-        models.WordLevel({"<s>": 0, "<unk>": 1, "hello": 2, "Hello": 3, " ": 4, "world": 5}, "<unk>")
-    )
+    tok = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "hello": 2, "Hello": 3, " ": 4, "world": 5}, "<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Split(SplitPattern(r"\s|\w+|[^\s\w]"), "isolated")
     if normalizer is not None:
         tok.normalizer = normalizer
@@ -91,9 +85,7 @@ def metaspace():
     )
     tok.train_from_iterator(CORPUS, trainer)
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<s>", unk_token="<unk>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", unk_token="<unk>", pad_token="<pad>")
 
 
 BPE, BPE_BARE = byte_level(), byte_level(bos=False)
@@ -127,15 +119,11 @@ def test_span_at_the_first_character_takes_neither_bos_nor_pads():
 @pytest.mark.parametrize("pad", [None, "<|im_end|>"])
 def test_batch_is_left_padded_and_the_tokenizer_is_as_it_was(side, pad):
     tokenizer = byte_level(padding_side=side, truncation_side="left", pad_token=pad, model_max_length=8)
-    before = {
-        k: getattr(tokenizer, k) for k in ("padding_side", "truncation_side", "pad_token", "pad_token_id")
-    }
+    before = {k: getattr(tokenizer, k) for k in ("padding_side", "truncation_side", "pad_token", "pad_token_id")}
     before["special"] = tokenizer.special_tokens_map
     prompts = ["in JSON", "The code of the harbor office is 4417, in JSON."]
     inputs, spans = encode(tokenizer, prompts, "JSON")
-    after = {k: getattr(tokenizer, k) for k in before if k != "special"} | {
-        "special": tokenizer.special_tokens_map
-    }
+    after = {k: getattr(tokenizer, k) for k in before if k != "special"} | {"special": tokenizer.special_tokens_map}
     assert after == before
     assert set(inputs) == {"input_ids", "attention_mask"}
     for row, prompt in enumerate(prompts):
@@ -206,9 +194,7 @@ def test_metaspace_and_normalised_text():
 
 
 def test_normaliser_that_changes_lengths():
-    tokenizer = words(
-        normalizer=normalizers.Sequence([normalizers.Replace("…", " ... "), normalizers.Lowercase()])
-    )
+    tokenizer = words(normalizer=normalizers.Sequence([normalizers.Replace("…", " ... "), normalizers.Lowercase()]))
     inputs, spans = encode(tokenizer, "Hello… WORLD", ["WORLD"])
     ((start, stop),) = spans.groups["emphasis"][0]
     assert stop - start == 1 and inputs["input_ids"][0, start:stop].tolist() == [5]
@@ -242,9 +228,7 @@ def test_occurrences(occurrence, count, first):
 
 
 def test_only_and_impossible_occurrences():
-    with pytest.raises(
-        SpanError, match=r"row 0, group 'emphasis': 'in' occurs 3 times, at characters \[18, 34, 43\]"
-    ):
+    with pytest.raises(SpanError, match=r"row 0, group 'emphasis': 'in' occurs 3 times, at characters \[18, 34, 43\]"):
         encode(BPE, TWICE, "in", occurrence="only", on_missing="ignore")
     assert texts(BPE, TWICE, "Answer", occurrence="only") == [["Answer"]]
     with pytest.raises(SpanError, match="no occurrence=3"):
@@ -459,9 +443,7 @@ def test_chats_select_only_what_was_said(template, tokenizer_bos):
 
 
 def test_chat_wraps_plain_text_and_system():
-    inputs, spans = encode(
-        BPE, ["Answer in JSON.", "in order"], groups={"in": "in"}, chat=True, system="Be kind."
-    )
+    inputs, spans = encode(BPE, ["Answer in JSON.", "in order"], groups={"in": "in"}, chat=True, system="Be kind.")
     for row, prompt in enumerate(["Answer in JSON.", "in order"]):
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
         expected = "<s><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n" + prompt
@@ -487,9 +469,7 @@ def test_chat_gets_one_bos_and_no_eos():
         assert encode(tokenizer, "in JSON")[0]["input_ids"][0].tolist() == tokenizer("in JSON")["input_ids"]
     assert encode(byte_level(), "in", chat=True, add_special_tokens=False)[0]["input_ids"][0, 0] != 0
     # A text that was rendered by the user has its BOS already.
-    assert (
-        encode(BPE, "<s>in JSON")[0]["input_ids"].tolist() == encode(BPE, "in JSON")[0]["input_ids"].tolist()
-    )
+    assert encode(BPE, "<s>in JSON")[0]["input_ids"].tolist() == encode(BPE, "in JSON")[0]["input_ids"].tolist()
     assert ranges(BPE, "<s>in JSON", "in") == ranges(BPE, "in JSON", "in")
 
 
@@ -545,9 +525,7 @@ def test_templates_that_trim_or_move_contents():
 
 def test_role_leaves_out_the_white_space_a_special_token_swallows():
     tokenizer = byte_level(template="<|im_start|>{{ messages[0].content }}")
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": [AddedToken("<|im_start|>", rstrip=True, special=True)]}
-    )
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|im_start|>", rstrip=True, special=True)]})
     assert texts(tokenizer, "\n\nin JSON ", Role("user"), chat=True) == [["in JSON"]]
 
 

@@ -44,7 +44,8 @@ def follows_decode(name: str) -> bool:
 def models():
     return {
         (name, native): AutoModelForCausalLM.from_pretrained(ROOT / "models" / name, attn_implementation=native).eval()
-        for name in ("llama_mha", "llama_gqa") for native in ("sdpa", "eager")
+        for name in ("llama_mha", "llama_gqa")
+        for native in ("sdpa", "eager")
     }
 
 
@@ -70,7 +71,9 @@ def method_of(case):
 def spans_of(data):
     if "token_ranges" not in data:
         return None
-    return [[tuple(map(int, section[row])) for section in data["token_ranges"]] for row in range(len(data["input_ids"]))]
+    return [
+        [tuple(map(int, section[row])) for section in data["token_ranges"]] for row in range(len(data["input_ids"]))
+    ]
 
 
 @torch.no_grad()
@@ -81,13 +84,16 @@ def run(model, case, data, backend):
     method = method_of(case)
     steering = steerlens.steer(model, [method] if method else [], spans_of(data), backend=backend)
     with steering:
-        out = model(input_ids=ids, attention_mask=mask, use_cache=True,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         prefill, steps, cache = out.logits, [out.logits[:, -1]], out.past_key_values
         for s in range(forced.shape[1] - 1):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            out = model(input_ids=forced[:, s : s + 1], attention_mask=mask, past_key_values=cache,
-                        position_ids=mask.sum(1, keepdim=True) - 1)
+            out = model(
+                input_ids=forced[:, s : s + 1],
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+            )
             steps.append(out.logits[:, -1])
     return prefill, torch.stack(steps, 1)
 

@@ -30,15 +30,20 @@ METHODS = {
     "headmask-zero": HeadMask({0: [1, 2], 2: [0]}, mode="zero", phase="decode"),
     "composed": [ZeroTuning(2.0), ACT(0.3, 0.08, heads=HEADS), PASTA(0.3, heads={1: "*"}), HeadMask({1: [0], 2: [3]})],
 }
-SPANS = {None: [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]], "left": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]],
-         "right": [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]]}
+SPANS = {
+    None: [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]],
+    "left": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]],
+    "right": [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]],
+}
 SMALL_GRID = {("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gpt2", "sdpa")}
 
 
 GRID = [
-    pytest.param(family, native, id=f"{family}-{native}",
-                 marks=[] if (family, native) in SMALL_GRID else [pytest.mark.full])
-    for family in FAMILIES for native in ("sdpa", "eager")
+    pytest.param(
+        family, native, id=f"{family}-{native}", marks=[] if (family, native) in SMALL_GRID else [pytest.mark.full]
+    )
+    for family in FAMILIES
+    for native in ("sdpa", "eager")
     if (family, native) != ("gemma2", "sdpa")  # transformers has no sdpa for soft-capped logits
 ]
 
@@ -89,9 +94,7 @@ class TestPrefill:
     def test_backends_agree_and_something_moves(self, family, native, side, name, model_of, prompts):
         model, (ids, mask) = model_of(family, native), prompts(side)
         before = logits(model, ids, mask)
-        got, expected = (
-            logits(model, ids, mask, METHODS[name], SPANS[side], backend=b) for b in ("auto", "reference")
-        )
+        got, expected = (logits(model, ids, mask, METHODS[name], SPANS[side], backend=b) for b in ("auto", "reference"))
         assert apart(got, expected, mask) < 1e-4
         assert apart(expected, before, mask) > 1e-3
         assert torch.equal(logits(model, ids, mask), before)
@@ -138,8 +141,13 @@ class TestDecoding:
 def generate(model, methods, spans, ids, mask, backend="auto", **options):
     with steerlens.steer(model, methods, spans, backend=backend):
         return model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, **options,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
         )
 
 
@@ -185,9 +193,15 @@ def test_a_key_outside_the_window_is_a_no_op(backend, model_of, prompts):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("options", [
-    {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "seed": 3}, {"num_beams": 2, "num_return_sequences": 2},
-], ids=["beams", "sampling", "beams+returns"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True, "seed": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+    ids=["beams", "sampling", "beams+returns"],
+)
 def test_repeated_rows(name, options, model_of, prompts):
     """Beams and return sequences: both backends agree, and row 1 of the batch is row 1 alone."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("left")
@@ -196,7 +210,9 @@ def test_repeated_rows(name, options, model_of, prompts):
     def run(spans, ids, mask, backend):
         torch.manual_seed(seed or 0)
         with steerlens.steer(model, METHODS[name], spans, backend=backend):
-            return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, **({"do_sample": False} | options))
+            return model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=5, **({"do_sample": False} | options)
+            )
 
     assert torch.equal(run(SPANS["left"], ids, mask, "auto"), run(SPANS["left"], ids, mask, "reference"))
     if seed is None:
@@ -218,7 +234,7 @@ def test_static_cache_is_the_dynamic_one(family, name, model_of, prompts):
 
 def test_bare_forward_with_a_static_cache(model_of, prompts):
     """The unwritten slots of a static cache are no keys: a uniform head's mean must not count them."""
-    model, (ids, mask) = model_of("llama-gqa"), prompts(None)
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
     method = [HeadMask({0: "*"}), ZeroTuning(3.0, heads={1: "*"})]
     found = []
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
@@ -275,14 +291,16 @@ def test_no_mask_at_all_is_an_all_ones_mask(model_of, prompts):
     """lm-eval's log-likelihood calls: right-padded, no mask."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("right")
     for name, method in METHODS.items():
-        assert torch.equal(logits(model, ids, None, method, SPANS["right"]),
-                           logits(model, ids, torch.ones_like(mask), method, SPANS["right"])), name
+        assert torch.equal(
+            logits(model, ids, None, method, SPANS["right"]),
+            logits(model, ids, torch.ones_like(mask), method, SPANS["right"]),
+        ), name
 
 
 @pytest.mark.parametrize("name", ["pasta", "act", "headmask-zero"])
 def test_prompt_lengths_tell_continuations_apart(name, model_of, prompts):
     """Prompt and continuation in one bare forward equal the prompt and forced decoding."""
-    model, (ids, mask) = model_of("llama-gqa"), prompts(None, lengths=(24, 24))
+    model, (ids, _) = model_of("llama-gqa"), prompts(None, lengths=(24, 24))
     spans, lengths = [[(3, 6)], [(9, 12)]], (20, 18)
     once = logits(model, ids, None, METHODS[name], spans, prompt_lengths=lengths)
     assert apart(once, logits(model, ids, None, METHODS[name], spans)) > 1e-4
@@ -315,7 +333,9 @@ def test_a_users_own_4d_mask(kind, model_of, prompts):
     model, (ids, _) = model_of("llama-gqa"), prompts(None)
     visible = torch.ones(20, 20, dtype=torch.bool).tril().expand(3, 1, 20, 20).clone()
     visible[:, :, 8:, 5] = False
-    mask = visible if kind == "bool" else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    mask = (
+        visible if kind == "bool" else torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    )
     for name, method in METHODS.items():
         got, expected = (logits(model, ids, mask, method, SPANS[None], backend=b) for b in ("auto", "reference"))
         assert apart(got, expected) < 1e-4, name
@@ -335,7 +355,11 @@ def test_a_4d_mask_with_real_biases(model_of, prompts):
 def test_prompt_keys_alone():
     """`PromptKeys` without sections means every prompt token of every row."""
     now = Pass(
-        Prompt.start(4, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool(), 2, torch.device("cpu")), 4, 1,
-        None, True, {},
+        Prompt.start(4, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool(), 2, torch.device("cpu")),
+        4,
+        1,
+        None,
+        True,
+        {},
     )
     assert now.key_columns(PromptKeys(), None).tolist() == [[True] * 4 + [False]] * 2

@@ -29,9 +29,7 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     tokenizer = Tokenizer(WordLevel({"</s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(
-        path
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(path)
     return str(path)
 
 
@@ -117,8 +115,7 @@ def test_unreachable_model_names_the_way_out(offline, monkeypatch):
     text = str(caught.value)
     assert "\n" not in text
     assert all(
-        part in text
-        for part in ("llama (meta-llama/Llama-3.1-8B-Instruct)", "--model tiny", "local path", "HF_TOKEN")
+        part in text for part in ("llama (meta-llama/Llama-3.1-8B-Instruct)", "--model tiny", "local path", "HF_TOKEN")
     )
 
 

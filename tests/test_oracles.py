@@ -18,7 +18,13 @@ from steerlens.spans import Spans
 BACKENDS = ["reference", "sdpa", "sdpa-channels"]
 FACTS = ModelFacts("oracle", "llama", 1, (1,), (1,))
 X = (2.0, 1.0, 0.5, -1.0)
-A = [[1, 0, 0, 0, 0], [0.6, 0.4, 0, 0, 0], [0.5, 0.3, 0.2, 0, 0], [0.5, 0.05, 0.4, 0.05, 0], [0.4, 0.1, 0.3, 0.12, 0.08]]
+A = [
+    [1, 0, 0, 0, 0],
+    [0.6, 0.4, 0, 0, 0],
+    [0.5, 0.3, 0.2, 0, 0],
+    [0.5, 0.05, 0.4, 0.05, 0],
+    [0.4, 0.1, 0.3, 0.12, 0.08],
+]
 DECODE = [0.42, 0.08, 0.28, 0.06, 0.04, 0.12]
 
 
@@ -52,9 +58,13 @@ def close(got, expected, tolerance=2e-6):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestZeroTuning:
-    @pytest.mark.parametrize(("gamma", "expected"), [
-        (4, (0.861921, 0.079271, 0.048080, 0.010728)), (0.3, (0.318879, 0.391030, 0.237172, 0.052920)),
-    ])
+    @pytest.mark.parametrize(
+        ("gamma", "expected"),
+        [
+            (4, (0.861921, 0.079271, 0.048080, 0.010728)),
+            (0.3, (0.318879, 0.391030, 0.237172, 0.052920)),
+        ],
+    )
     def test_weights(self, backend, gamma, expected):
         close(attend([X], ZeroTuning(gamma), backend, seen=3)[0], expected)
 
@@ -63,9 +73,13 @@ class TestZeroTuning:
         close(attend([X], None, backend, seen=3, value=value)[0], (0.806135, 0.329854))
         close(attend([X], ZeroTuning(4), backend, seen=3, value=value)[0], (0.931457, 0.116623))
 
-    @pytest.mark.parametrize(("gamma", "expected"), [
-        (4, (0.8, 0.08, 0.08, 0.04)), (0.3, (0.230769, 0.307692, 0.307692, 0.153846)),
-    ])
+    @pytest.mark.parametrize(
+        ("gamma", "expected"),
+        [
+            (4, (0.8, 0.08, 0.08, 0.04)),
+            (0.3, (0.230769, 0.307692, 0.307692, 0.153846)),
+        ],
+    )
     def test_published_weights(self, backend, gamma, expected):
         rows = [[math.log(a) for a in (0.5, 0.2, 0.2, 0.1)]]
         close(attend(rows, ZeroTuning(gamma), backend, seen=3)[0], expected)
@@ -85,8 +99,13 @@ class TestZeroTuning:
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestACT:
     ROWS = [[math.log(a) if a else -50.0 for a in row] for row in A]
-    EXPECTED = [[1, 0, 0, 0, 0], [0.84, 0.16, 0, 0, 0], [0.8, 0.12, 0.08, 0, 0],
-                [0.745455, 0.02, 0.16, 0.074545, 0], [0.56, 0.04, 0.12, 0.168, 0.112]]
+    EXPECTED = [
+        [1, 0, 0, 0, 0],
+        [0.84, 0.16, 0, 0, 0],
+        [0.8, 0.12, 0.08, 0, 0],
+        [0.745455, 0.02, 0.16, 0.074545, 0],
+        [0.56, 0.04, 0.12, 0.168, 0.112],
+    ]
 
     def prefill(self, backend, **options):
         prompt = Prompt.start(5, None, 1, torch.device("cpu"))
@@ -102,11 +121,14 @@ class TestACT:
         close(state.sums[0, 0] / state.counts[0, 0], (0.6, 0.2125, 0.3, 0.085, 0.08))
         assert state.keys[0, 0].tolist() == [False, True, True, False, False]
 
-    @pytest.mark.parametrize(("decode", "expected"), [
-        ("frozen", (0.561750, 0.032, 0.112, 0.080250, 0.053500, 0.160500)),
-        ("running", (0.652615, 0.032, 0.112, 0.093231, 0.062154, 0.048)),
-        ("off", DECODE),
-    ])
+    @pytest.mark.parametrize(
+        ("decode", "expected"),
+        [
+            ("frozen", (0.561750, 0.032, 0.112, 0.080250, 0.053500, 0.160500)),
+            ("running", (0.652615, 0.032, 0.112, 0.093231, 0.062154, 0.048)),
+            ("off", DECODE),
+        ],
+    )
     def test_decode(self, backend, decode, expected):
         prompt, _ = self.prefill(backend, decode=decode)
         row = [[math.log(a) for a in DECODE]]
@@ -130,12 +152,15 @@ class TestACT:
 class TestPASTA:
     R = [[math.log(a) for a in (0.4, 0.2, 0.1, 0.2, 0.1)]]
 
-    @pytest.mark.parametrize(("spans", "sections", "prompt", "expected"), [
-        ([[(1, 3)]], "union", 5, (0.013029, 0.651466, 0.325733, 0.006515, 0.003257)),
-        ([[(1, 3)]], "union", 4, (0.009852, 0.492611, 0.246305, 0.004926, 0.246305)),
-        ([[(1, 2), (3, 4)]], "union", 4, (0.007921, 0.396040, 0.001980, 0.396040, 0.198020)),
-        ([[(1, 2), (3, 4)]], "published", 4, (0.000384, 0.019222, 0.000096, 0.019222, 0.961076)),
-    ])
+    @pytest.mark.parametrize(
+        ("spans", "sections", "prompt", "expected"),
+        [
+            ([[(1, 3)]], "union", 5, (0.013029, 0.651466, 0.325733, 0.006515, 0.003257)),
+            ([[(1, 3)]], "union", 4, (0.009852, 0.492611, 0.246305, 0.004926, 0.246305)),
+            ([[(1, 2), (3, 4)]], "union", 4, (0.007921, 0.396040, 0.001980, 0.396040, 0.198020)),
+            ([[(1, 2), (3, 4)]], "published", 4, (0.000384, 0.019222, 0.000096, 0.019222, 0.961076)),
+        ],
+    )
     def test_exclude(self, backend, spans, sections, prompt, expected):
         method = PASTA(0.01, sections=sections)
         close(attend(self.R, method, backend, spans=spans, width=prompt, seen=4)[0], expected)
@@ -143,7 +168,9 @@ class TestPASTA:
     def test_include_is_exclude_with_the_inverse(self, backend):
         for sections in ("union", "published"):
             one = attend(self.R, PASTA(0.01), backend, spans=[[(1, 3)]], width=4, seen=4)
-            two = attend(self.R, PASTA(100, scale="include", sections=sections), backend, spans=[[(1, 3)]], width=4, seen=4)
+            two = attend(
+                self.R, PASTA(100, scale="include", sections=sections), backend, spans=[[(1, 3)]], width=4, seen=4
+            )
             close(one, two.tolist())
 
     def test_rows_before_the_span_stay(self, backend):
@@ -154,7 +181,9 @@ class TestPASTA:
 
     def test_generation_moves_decode_rows_only(self, backend):
         method = PASTA(0.1, scale="generation")
-        close(attend(TestACT.ROWS, method, backend, spans=[[(1, 2)]]), attend(TestACT.ROWS, None, backend).tolist(), 1e-6)
+        close(
+            attend(TestACT.ROWS, method, backend, spans=[[(1, 2)]]), attend(TestACT.ROWS, None, backend).tolist(), 1e-6
+        )
         got = attend(self.R, method, backend, spans=[[(1, 2)]], width=4, seen=4)[0]
         assert got[4].item() == pytest.approx(0.1 / (0.09 + 0.1), abs=1e-6)
 
@@ -176,17 +205,22 @@ class TestHeadMask:
         if pad:
             call.mask = call.visible(slice(None)) & real[:, None, None]
         edits = method.plan(FACTS, None)[0] if method else ()
-        call.edits = lower([Placed(e, None, i, None) for i, e in enumerate(edits)], Pass(prompt, 0, T, real, True, {0: (T, 0)}), 0, 1)
+        call.edits = lower(
+            [Placed(e, None, i, None) for i, e in enumerate(edits)], Pass(prompt, 0, T, real, True, {0: (T, 0)}), 0, 1
+        )
         return compute(backend, call)[0, 0, -3:]
 
     @pytest.mark.parametrize("pad", [False, True])
-    @pytest.mark.parametrize(("method", "expected"), [
-        (None, [[1, 0], [0.195570, 0.804430], [1.758725, -0.255235]]),
-        (HeadMask("all"), [[1, 0], [0.5, 0.5], [1.333333, 0]]),
-        (HeadMask("all", mode="zero"), [[0, 0]] * 3),
-        (HeadMask("all", phase="decode"), [[1, 0], [0.195570, 0.804430], [1.333333, 0]]),
-        (HeadMask("all", phase="prefill"), [[1, 0], [0.5, 0.5], [1.758725, -0.255235]]),
-    ])
+    @pytest.mark.parametrize(
+        ("method", "expected"),
+        [
+            (None, [[1, 0], [0.195570, 0.804430], [1.758725, -0.255235]]),
+            (HeadMask("all"), [[1, 0], [0.5, 0.5], [1.333333, 0]]),
+            (HeadMask("all", mode="zero"), [[0, 0]] * 3),
+            (HeadMask("all", phase="decode"), [[1, 0], [0.195570, 0.804430], [1.333333, 0]]),
+            (HeadMask("all", phase="prefill"), [[1, 0], [0.5, 0.5], [1.758725, -0.255235]]),
+        ],
+    )
     def test_rows(self, backend, method, expected, pad):
         close(self.run(backend, method, pad), expected)
 
@@ -211,5 +245,12 @@ def test_two_group_lemma(backend):
 def test_plans_name_what_the_oracles_use():
     assert ACT(0.4, 5, threshold_mode="relative").plan(FACTS, None)[0][0].keys == Sinks(5.0, True)
     assert ACT(0.4).plan(FACTS, None)[0][0].law == Keep(0.4)
-    assert isinstance(lower([Placed(HeadMask("all").plan(FACTS, None)[0][0], None, 0, None)],
-                            Pass(Prompt.start(3, None, 1, torch.device("cpu")), 0, 3, None, True, {0: (3, 0)}), 0, 1)[0], Cut)
+    assert isinstance(
+        lower(
+            [Placed(HeadMask("all").plan(FACTS, None)[0][0], None, 0, None)],
+            Pass(Prompt.start(3, None, 1, torch.device("cpu")), 0, 3, None, True, {0: (3, 0)}),
+            0,
+            1,
+        )[0],
+        Cut,
+    )

@@ -38,9 +38,14 @@ def run(model, ids, **options):
 def fingerprint(model):
     """Everything that steering may touch."""
     return (
-        set(model.__dict__), set(model.model.__dict__), model.config._attn_implementation,
-        [id(layer.self_attn.config) for layer in model.model.layers], [set(x.self_attn.__dict__) for x in model.model.layers],
-        len(model.model._forward_pre_hooks), len(model.model._forward_hooks), getattr(model.generate, "__func__", model.generate),
+        set(model.__dict__),
+        set(model.model.__dict__),
+        model.config._attn_implementation,
+        [id(layer.self_attn.config) for layer in model.model.layers],
+        [set(x.self_attn.__dict__) for x in model.model.layers],
+        len(model.model._forward_pre_hooks),
+        len(model.model._forward_hooks),
+        getattr(model.generate, "__func__", model.generate),
     )
 
 
@@ -134,9 +139,16 @@ class TestComposition:
 
 
 class TestSafety:
-    @pytest.mark.parametrize("act", [
-        copy.deepcopy, pickle.dumps, lambda m: copy.deepcopy(m.model.layers[0]), lambda m: m.set_attn_implementation("eager"),
-    ], ids=["deepcopy", "pickle", "deepcopy-layer", "set_attn_implementation"])
+    @pytest.mark.parametrize(
+        "act",
+        [
+            copy.deepcopy,
+            pickle.dumps,
+            lambda m: copy.deepcopy(m.model.layers[0]),
+            lambda m: m.set_attn_implementation("eager"),
+        ],
+        ids=["deepcopy", "pickle", "deepcopy-layer", "set_attn_implementation"],
+    )
     def test_refused_while_steered(self, model, act):
         with steerlens.steer(model, STRONG), pytest.raises(SteeringStateError, match=r"steer\(llama, zerotuning\)"):
             act(model)
@@ -188,7 +200,7 @@ class TestSafety:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=20)
-        with pytest.raises(UnsupportedError, match="'bloom'.*llama"):
+        with pytest.raises(UnsupportedError, match=r"'bloom'.*llama"):
             steerlens.steer(AutoModelForCausalLM.from_config(config), STRONG)
         with pytest.raises(UnsupportedError, match="Linear"):
             steerlens.steer(torch.nn.Linear(2, 2), STRONG)
@@ -203,7 +215,10 @@ class TestSafety:
             model(prompts()[0], cu_seq_lens_q=torch.tensor([0, 4]))
 
     def test_soft_cap_on_a_named_backend(self, model_of, prompts):
-        with steerlens.steer(model_of("gemma2", "eager"), STRONG, backend="sdpa"), pytest.raises(UnsupportedError, match="softcap"):
+        with (
+            steerlens.steer(model_of("gemma2", "eager"), STRONG, backend="sdpa"),
+            pytest.raises(UnsupportedError, match="softcap"),
+        ):
             model_of("gemma2", "eager")(prompts()[0])
 
     @pytest.mark.parametrize(("backend", "error"), [("triton", UnsupportedError), ("sdpaa", ValueError)])
@@ -234,9 +249,14 @@ class TestSpans:
         with pytest.raises(SpanError, match="pasta needs"):
             steerlens.steer(model, PASTA())
 
-    @pytest.mark.parametrize(("spans", "message"), [
-        ([[(3, 2)]], "not a range"), ([(1, 3)], "one list per prompt row"), ([[(1, 2, 3)]], "one list per prompt row"),
-    ])
+    @pytest.mark.parametrize(
+        ("spans", "message"),
+        [
+            ([[(3, 2)]], "not a range"),
+            ([(1, 3)], "one list per prompt row"),
+            ([[(1, 2, 3)]], "one list per prompt row"),
+        ],
+    )
     def test_malformed(self, model, spans, message):
         with pytest.raises(SpanError, match=message):
             steerlens.steer(model, PASTA(), spans)
@@ -263,8 +283,10 @@ class TestSpans:
         with steerlens.steer(model, PASTA(), spans):
             model(ids, attention_mask=mask)
             model.generate(ids, attention_mask=mask, max_new_tokens=2, num_beams=2)
-            for call in (lambda: model(changed, attention_mask=mask),
-                         lambda: model.generate(changed, attention_mask=mask, max_new_tokens=2)):
+            for call in (
+                lambda: model(changed, attention_mask=mask),
+                lambda: model.generate(changed, attention_mask=mask, max_new_tokens=2),
+            ):
                 with pytest.raises(SpanError, match="row 1"):
                     call()
 
@@ -309,7 +331,10 @@ class TestReport:
         ids, mask = prompts("left")
         found = []
         for methods in ((), STRONG):
-            with steerlens.steer(model, methods, report="mass") as steered, steerlens.capture(model, stats=("mass",)) as record:
+            with (
+                steerlens.steer(model, methods, report="mass") as steered,
+                steerlens.capture(model, stats=("mass",)) as record,
+            ):
                 run(model, ids, attention_mask=mask)
             found.append(record[0].mass[..., 0].transpose(0, 1).flatten(1).nanmean(1))
         assert (steered.report()[0]["delta_mass"] - (found[1] - found[0])).abs().max() < 1e-6
@@ -358,25 +383,48 @@ class TestKindsOfMethod:
 class TestMethods:
     def test_names_and_round_trip(self):
         assert names() == ["act", "headmask", "pasta", "zerotuning"]
-        for method in (STRONG, PASTA(0.2, heads={1: [3, 2]}), ACT(0.1, 5, "relative"), HeadMask("1:2;3:*"),
-                       PerRow([STRONG, None])):
+        for method in (
+            STRONG,
+            PASTA(0.2, heads={1: [3, 2]}),
+            ACT(0.1, 5, "relative"),
+            HeadMask("1:2;3:*"),
+            PerRow([STRONG, None]),
+        ):
             assert from_dict(method.to_dict()) == method
 
-    @pytest.mark.parametrize(("make", "message"), [
-        (lambda: ZeroTuning(0), "gamma=0.*> 0"), (lambda: ZeroTuning(float("nan")), "gamma"), (lambda: PASTA(-1), "alpha"),
-        (lambda: ACT(1.2), "beta=1.2.*<= 1"), (lambda: PASTA(scale="exclud"), "did you mean 'exclude'"),
-        (lambda: HeadMask("all", mode="mean"), "uniform, zero"), (lambda: from_dict({"method": "pata"}), "did you mean 'pasta'"),
-        (lambda: from_dict({"method": "pasta", "alfa": 1}), "did you mean 'alpha'"), (lambda: from_dict({"method": "headmask"}), "needs heads"),
-        (lambda: ZeroTuning("2"), "gamma='2'"), (lambda: PerRow([3]), "row 0"),
-    ])
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: ZeroTuning(0), "gamma=0.*> 0"),
+            (lambda: ZeroTuning(float("nan")), "gamma"),
+            (lambda: PASTA(-1), "alpha"),
+            (lambda: ACT(1.2), "beta=1.2.*<= 1"),
+            (lambda: PASTA(scale="exclud"), "did you mean 'exclude'"),
+            (lambda: HeadMask("all", mode="mean"), "uniform, zero"),
+            (lambda: from_dict({"method": "pata"}), "did you mean 'pasta'"),
+            (lambda: from_dict({"method": "pasta", "alfa": 1}), "did you mean 'alpha'"),
+            (lambda: from_dict({"method": "headmask"}), "needs heads"),
+            (lambda: ZeroTuning("2"), "gamma='2'"),
+            (lambda: PerRow([3]), "row 0"),
+        ],
+    )
     def test_bad_parameters(self, make, message):
         with pytest.raises(MethodError, match=message):
             make()
 
-    @pytest.mark.parametrize(("heads", "message"), [
-        ({9: [0]}, r"layer 9.*0\.\.2"), ({0: [8]}, r"head 8.*0\.\.7"), ("0:8", r"head 8.*0\.\.7"), ("0-1", "no ':'"),
-        ({0: [-1]}, "head -1"), ("x.json:top3", "cannot read"), (3, "not a head specification"), ({0: "3"}, "neither"),
-    ])
+    @pytest.mark.parametrize(
+        ("heads", "message"),
+        [
+            ({9: [0]}, r"layer 9.*0\.\.2"),
+            ({0: [8]}, r"head 8.*0\.\.7"),
+            ("0:8", r"head 8.*0\.\.7"),
+            ("0-1", "no ':'"),
+            ({0: [-1]}, "head -1"),
+            ("x.json:top3", "cannot read"),
+            (3, "not a head specification"),
+            ({0: "3"}, "neither"),
+        ],
+    )
     def test_bad_heads(self, model, heads, message):
         with pytest.raises(HeadError, match=message):
             steerlens.steer(model, ZeroTuning(2.0, heads=heads))
@@ -391,9 +439,15 @@ class TestMethods:
         lists = tmp_path / "lists.json"
         lists.write_text('{"1": [3, 0]}')
         for spec, expected in [
-            ("all", {0: (0, 1, 2, 3), 1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}), ({1: [3, 0]}, {1: (0, 3)}), ("1:3,0;2:*", {1: (0, 3), 2: (0, 1, 2, 3)}),
-            ("0-1:2-3", {0: (2, 3), 1: (2, 3)}), ("*:1", {0: (1,), 1: (1,), 2: (1,)}), (f"{scores}:top3", {0: (1,), 1: (2,), 2: (3,)}),
-            (str(lists), {1: (0, 3)}), ({}, {}), ("", {}),
+            ("all", {0: (0, 1, 2, 3), 1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}),
+            ({1: [3, 0]}, {1: (0, 3)}),
+            ("1:3,0;2:*", {1: (0, 3), 2: (0, 1, 2, 3)}),
+            ("0-1:2-3", {0: (2, 3), 1: (2, 3)}),
+            ("*:1", {0: (1,), 1: (1,), 2: (1,)}),
+            (f"{scores}:top3", {0: (1,), 1: (2,), 2: (3,)}),
+            (str(lists), {1: (0, 3)}),
+            ({}, {}),
+            ("", {}),
         ]:
             parsed = Heads.parse(spec)
             assert parsed.resolve(facts) == expected

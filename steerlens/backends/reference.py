@@ -25,7 +25,7 @@ def attention(call: Call, budget: int | None = None) -> torch.Tensor:
     return torch.cat(outputs, 2).to(call.value.dtype)
 
 
-def weights(call: Call, edits: list[Lowered | Kept], rows: slice, heads: list[int] | None = None) -> torch.Tensor:
+def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | None = None) -> torch.Tensor:
     """Attention weights of a block of query rows after `edits`, fp32 (fp64 for fp64 inputs) [B, h, r, Tk].
 
     Args:
@@ -71,9 +71,6 @@ def logits(call: Call, rows: slice, heads: list[int]) -> torch.Tensor:
     return x + (mask if mask.shape[1] == 1 else mask[:, heads])
 
 
-Resolved = "Lowered | Kept"
-
-
 class Kept:
     """A `KeepMass` whose keys are known, bool [B, h, Tk]."""
 
@@ -81,9 +78,12 @@ class Kept:
         self.edit, self.keys = edit, keys
 
 
-def resolve(call: Call, budget: int | None = None, edits: list[Lowered] | None = None) -> list[Lowered | Kept]:
+Resolved = Lowered | Kept
+
+
+def resolve(call: Call, budget: int | None = None, edits: list[Lowered] | None = None) -> list[Resolved]:
     """The edits with the keys of each `KeepMass` found, each from the weights that the edits before it leave."""
-    resolved: list[Lowered | Kept] = []
+    resolved: list[Resolved] = []
     for edit in call.edits if edits is None else edits:
         if isinstance(edit, KeepMass):
             resolved.append(Kept(edit, edit.find(summer(call, list(resolved), edit.heads, budget))))
@@ -92,7 +92,7 @@ def resolve(call: Call, budget: int | None = None, edits: list[Lowered] | None =
     return resolved
 
 
-def summer(call: Call, edits: list[Lowered | Kept], heads: list[int], budget: int | None = None) -> Sums:
+def summer(call: Call, edits: list[Resolved], heads: list[int], budget: int | None = None) -> Sums:
     """Sums attention over chosen query rows, block by block."""
 
     @torch.no_grad()

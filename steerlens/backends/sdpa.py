@@ -60,7 +60,7 @@ def attention(call: Call) -> torch.Tensor:
     """
     if call.softcap is not None:
         raise UnsupportedError(
-            f"backend 'sdpa' cannot steer soft-capped logits (softcap={call.softcap}); use backend='auto' or 'reference'"
+            f"backend 'sdpa' cannot steer soft-capped logits (softcap={call.softcap}); use 'auto' or 'reference'"
         )
     cuts = [edit for edit in call.edits if isinstance(edit, Cut)]
     moves = [edit for edit in call.edits if not isinstance(edit, Cut)]
@@ -119,8 +119,7 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     packed = groups > 1 and query.shape[2] == 1
     if packed:
         # One query row per head: the heads of a group become rows, so that their keys are read once.
-        query = query.view(query.shape[0], key.shape[1], groups, -1) if query.is_contiguous() else query.reshape(
-            query.shape[0], key.shape[1], groups, -1)
+        query = query.reshape(query.shape[0], key.shape[1], groups, -1)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.reshape(mask.shape[0], key.shape[1], groups, -1)
     lse = None
@@ -131,12 +130,17 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
         lse = lse.reshape(lse.shape[0], -1, 1) if packed else lse
     else:
         output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=call.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=call.scaling,
+            enable_gqa=groups > 1 and not packed,
         )
     if packed:
         output = output.reshape(output.shape[0], -1, 1, output.shape[-1])
-    return output[..., :width], lse
+    return output if output.shape[-1] == width else output[..., :width], lse
 
 
 def _with_channels(
@@ -178,11 +182,9 @@ def split(values: torch.Tensor, dtype: torch.dtype, pieces: int = 2) -> list[tor
     return parts
 
 
-def _additive(
-    call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor | None, causal: bool
-) -> torch.Tensor:
+def _additive(call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
     """The terms and the mask as one additive term, [B or 1, h, Tq, Tk]; made once for layers that share all of it."""
-    B, H, Tq, _ = inputs.query.shape
+    H, Tq = inputs.query.shape[1:3]
     key = ("additive", id(mask), *(id(t.source) for t in terms))
     shared = all(t.source is not None for t in terms)
     if shared and key in call.memo:
@@ -190,8 +192,7 @@ def _additive(
     dtype = torch.promote_types(inputs.query.dtype, torch.float32)
     total: torch.Tensor | None = None
     for term in terms:
-        keys = term.keys.repeat_interleave(H // term.keys.shape[1], 1) if term.keys.shape[1] > 1 else term.keys
-        part = term.weights.to(dtype)[..., None] * keys[:, :, None]
+        part = term.weights.to(dtype)[..., None] * _indicator(call, term, H, dtype)[:, :, None]
         total = part if total is None else total + part
     assert total is not None
     if causal:
@@ -206,10 +207,23 @@ def _additive(
     return total
 
 
+def _indicator(call: Call, term: Term, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """1 on the term's keys, [B or 1, 1 or H, Tk]."""
+    if term.source is None:
+        keys = term.keys.to(dtype)
+        return keys.repeat_interleave(heads // keys.shape[1], 1) if keys.shape[1] > 1 else keys
+    key = ("indicator", id(term.source.keys), dtype)
+    if key not in call.memo:
+        call.memo[key] = term.keys.to(dtype)
+    return call.memo[key]  # type: ignore[return-value]
+
+
 def _float(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
 
 
 def _biased(call: Call) -> bool:

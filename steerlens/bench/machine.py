@@ -29,8 +29,7 @@ def describe(device: str) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "load": load(),
-        "versions": {"steerlens": __version__, "python": platform.python_version()}
-        | {p: version(p) for p in PACKAGES},
+        "versions": {"steerlens": __version__, "python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "git": _git(),
     }

@@ -136,9 +136,7 @@ def _pastalib(model: Any, prompt: int, batch: int) -> Iterator[Prepared]:
         try:
             pasta = PASTA(twin, None, list(range(model.config.num_hidden_layers)), ALPHA, "exclude")
             marked = [text[2 * start : 2 * stop - 1]] * batch
-            stack.enter_context(
-                pasta.apply_steering(twin, [text] * batch, marked, {"input_ids": ids}, offsets)
-            )
+            stack.enter_context(pasta.apply_steering(twin, [text] * batch, marked, {"input_ids": ids}, offsets))
             with torch.inference_mode():
                 twin(ids[:, :8].to(model.device), logits_to_keep=1)
         except Exception as error:

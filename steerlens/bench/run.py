@@ -176,10 +176,7 @@ class Bench:
         free = machine.free_memory(self.device)
         if free is None or needed < 0.7 * free:
             return None
-        return (
-            f"its {tokens}x{tokens} matrices need about {needed / 2**30:.0f} GiB, "
-            f"{free / 2**30:.0f} GiB are free"
-        )
+        return f"its {tokens}x{tokens} matrices need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
     def _row(self, phase: str, tokens: int, case: str, backend: str, method: Any) -> dict[str, Any]:
         return {
@@ -194,9 +191,7 @@ class Bench:
     def _ids(self, tokens: int) -> torch.Tensor:
         return model.tokens(self.settings.batch_size, tokens, self.settings.seed + tokens, self.device)
 
-    def _prefill(
-        self, ids: torch.Tensor, steered: Any, repeats: int, extra: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _prefill(self, ids: torch.Tensor, steered: Any, repeats: int, extra: dict[str, Any]) -> dict[str, Any]:
         tokens = ids.shape[1]
         if tokens not in self._native:
             self._native[tokens] = self._peak(lambda: self.model(ids, logits_to_keep=1).logits)

@@ -82,9 +82,7 @@ class Settings:
             if any(value < 8 for value in getattr(self, name)):
                 raise BenchError(f"bench: {name}={getattr(self, name)}; allowed: numbers >= 8")
         if self.heads % self.kv_heads:
-            raise BenchError(
-                f"bench: {self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
-            )
+            raise BenchError(f"bench: {self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.threads is not None and self.threads < 1:
             raise BenchError(f"bench: threads={self.threads}; allowed: a number >= 1")
 

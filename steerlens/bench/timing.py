@@ -30,9 +30,7 @@ class Prefill:
     def __call__(self) -> float:
         cache = DynamicCache(config=self.model.config)
         return clock(
-            lambda: self.model(
-                self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **self.extra
-            ),
+            lambda: self.model(self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **self.extra),
             self.ids.device,
         )
 

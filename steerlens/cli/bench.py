@@ -16,16 +16,12 @@ def bench(
         str | None,
         typer.Option("--size", help="cpu-budget (default), small, 8b or quick; other options override it."),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Seconds, to see that it works: --size quick.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds, to see that it works: --size quick.")] = False,
     layers: Annotated[int | None, typer.Option("--layers", help="Layers of the random Llama.")] = None,
     heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key/value heads.")] = None,
     head_dim: Annotated[str | None, typer.Option("--head-dim", metavar="N,…", help="Head dims.")] = None,
-    lengths: Annotated[
-        str | None, typer.Option("--lengths", metavar="N,…", help="Prompt tokens, prefill.")
-    ] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", metavar="N,…", help="Prompt tokens, prefill.")] = None,
     decode_lengths: Annotated[
         str | None, typer.Option("--decode-lengths", metavar="N,…", help="Cached tokens, decode.")
     ] = None,
@@ -41,22 +37,14 @@ def bench(
     ] = None,
     peers: Annotated[
         str | None,
-        typer.Option(
-            "--peers", metavar="NAME,…", help='eager, eager-edit, additive-mask, pastalib; "" for none.'
-        ),
+        typer.Option("--peers", metavar="NAME,…", help='eager, eager-edit, additive-mask, pastalib; "" for none.'),
     ] = None,
-    peer_limit: Annotated[
-        int | None, typer.Option("--peer-limit", help="Longest prompt of the peers.")
-    ] = None,
+    peer_limit: Annotated[int | None, typer.Option("--peer-limit", help="Longest prompt of the peers.")] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", help="Timed pairs per row.")] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="CPU threads. Default: torch's choice.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: torch's choice.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: cuda, xpu, mps or cpu.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of weights and tokens.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="F.json", help="Write the record.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="F.json", help="Write the record.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of the table.")] = False,
 ) -> int:
     """Time steered against unsteered attention: prefill and decode, per backend and method, beside peers.

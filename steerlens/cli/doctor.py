@@ -17,24 +17,18 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     from steerlens import __version__
     from steerlens.models import devices
 
-    versions = {"steerlens": __version__, "python": platform.python_version()} | {
-        p: _version(p) for p in _PACKAGES
-    }
+    versions = {"steerlens": __version__, "python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
     available = devices()
     checks = self_check(available[0])
     failed = any(check["status"] == "fails" for check in checks)
     if as_json:
-        typer.echo(
-            json.dumps({"versions": versions, "devices": available, "checks": checks, "ok": not failed})
-        )
+        typer.echo(json.dumps({"versions": versions, "devices": available, "checks": checks, "ok": not failed}))
         return int(failed)
     for name, version in versions.items():
         typer.echo(f"{name:<16} {version or 'not installed'}")
     typer.echo(f"{'devices':<16} {', '.join(available)}")
     for check in checks:
-        typer.echo(
-            f"{check['name']:<16} {check['status']}{': ' + check['detail'] if check['detail'] else ''}"
-        )
+        typer.echo(f"{check['name']:<16} {check['status']}{': ' + check['detail'] if check['detail'] else ''}")
     return int(failed)
 
 
@@ -67,9 +61,7 @@ def self_check(device: str) -> list[dict[str, str]]:
         checks = [_run("neutral", lambda: _neutral(model, inputs, native))]
         reference: dict[str, Any] = {}
         for backend in ("reference", "sdpa", "triton"):
-            checks.append(
-                _run(backend, lambda backend=backend: _backend(model, inputs, native, backend, reference))
-            )
+            checks.append(_run(backend, lambda backend=backend: _backend(model, inputs, native, backend, reference)))
     return checks
 
 
@@ -92,14 +84,10 @@ def _neutral(model: Any, inputs: Any, native: Any) -> str:
     import steerlens
     from steerlens.methods import ACT, PASTA, ZeroTuning
 
-    with steerlens.steer(
-        model, [ZeroTuning(gamma=1), ACT(beta=1), PASTA(alpha=1)], spans=[[(2, 4)], [(8, 9)]]
-    ):
+    with steerlens.steer(model, [ZeroTuning(gamma=1), ACT(beta=1), PASTA(alpha=1)], spans=[[(2, 4)], [(8, 9)]]):
         steered = model(**inputs).logits
     if not torch.equal(steered, native):
-        raise AssertionError(
-            f"neutral steering changes logits by {float((steered - native).abs().max()):.2g}"
-        )
+        raise AssertionError(f"neutral steering changes logits by {float((steered - native).abs().max()):.2g}")
     return "neutral steering is bit-identical to the native model"
 
 
@@ -114,17 +102,11 @@ def _backend(model: Any, inputs: Any, native: Any, backend: str, reference: dict
     moved = float((logits - native)[real].abs().max())
     if not moved > 0:
         raise AssertionError(f"steering changed nothing; calls: {steered.report()}")
-    error = float(
-        (logits - reference.setdefault("logits", logits))[real].abs().max() / logits[real].abs().max()
-    )
+    error = float((logits - reference.setdefault("logits", logits))[real].abs().max() / logits[real].abs().max())
     if not error <= _TOLERANCE:
-        raise AssertionError(
-            f"differs from the reference by {error:.2g} of the largest logit; allowed: {_TOLERANCE:g}"
-        )
+        raise AssertionError(f"differs from the reference by {error:.2g} of the largest logit; allowed: {_TOLERANCE:g}")
     return (
-        "the definition"
-        if backend == "reference"
-        else f"agrees with the reference to {error:.1e} of the largest logit"
+        "the definition" if backend == "reference" else f"agrees with the reference to {error:.1e} of the largest logit"
     )
 
 

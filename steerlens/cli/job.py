@@ -52,9 +52,7 @@ class Job:
             from transformers import TextStreamer
 
             streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            session.sides(
-                [row], compare=self.compare, streamer=streamer, before=show.heading if self.compare else None
-            )
+            session.sides([row], compare=self.compare, streamer=streamer, before=show.heading if self.compare else None)
             return
         sides = session.sides([row], compare=self.compare)
         answer = Answer(row, sides["steered"][0], sides["baseline"][0] if self.compare else None)
@@ -63,14 +61,10 @@ class Job:
         else:
             show.answer(sides["steered"][0], answer.baseline)
 
-    def file(
-        self, path: Path, emphasize: list[str], output: Path | None, batch_size: int, resume: bool
-    ) -> int:
+    def file(self, path: Path, emphasize: list[str], output: Path | None, batch_size: int, resume: bool) -> int:
         """Answer the rows of a file in batches; 3 if some ended in an error."""
         rows, digest = jsonl.read_rows(path, emphasize)
-        results = (
-            jsonl.Results(output, self.settings(digest, emphasize, batch_size), resume) if output else None
-        )
+        results = jsonl.Results(output, self.settings(digest, emphasize, batch_size), resume) if output else None
         done = results.done if results else {}
         session = self.session() if len(done) < len(rows) else None
         kept: list[dict[str, Any]] = []
@@ -121,7 +115,5 @@ class Job:
         """Print the JSON of `--json`."""
         methods = [method.to_dict() for method in self.methods]
         typer.echo(
-            jsonl.to_json(
-                {"model": self.model.name, "methods": methods, "backend": self.backend, "results": results}
-            )
+            jsonl.to_json({"model": self.model.name, "methods": methods, "backend": self.backend, "results": results})
         )

@@ -87,12 +87,8 @@ def _wrong_chat(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
         return f"'messages' is {messages!r:.80}; it must be a list of messages, not empty"
     for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            return (
-                f"{message!r:.80} is not a message; it must be an object with the texts 'role' and 'content'"
-            )
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            return f"{message!r:.80} is not a message; it must be an object with the texts 'role' and 'content'"
     return None
 
 
@@ -128,16 +124,11 @@ class Results:
                 f"--resume: {self.beside} is missing or broken, so nothing says what made {self.path}; "
                 "name another --output"
             ) from None
-        changed = [
-            key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key]
-        ]
+        changed = [key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key]]
         if changed:
-            detail = "; ".join(
-                f"{key} was {before.get(key)!r:.80}, is {settings[key]!r:.80}" for key in changed
-            )
+            detail = "; ".join(f"{key} was {before.get(key)!r:.80}, is {settings[key]!r:.80}" for key in changed)
             raise UsageError(
-                f"--resume: {self.path} was made with other settings: {detail}; "
-                "use the same, or another --output"
+                f"--resume: {self.path} was made with other settings: {detail}; use the same, or another --output"
             )
 
     def _read(self) -> None:
@@ -173,9 +164,7 @@ class Results:
     def records(self) -> list[dict[str, Any]]:
         """All results by index, without it."""
         found = [json.loads(line) for line in self.path.read_bytes().splitlines()]
-        return [
-            {k: v for k, v in r.items() if k != "index"} for r in sorted(found, key=lambda r: int(r["index"]))
-        ]
+        return [{k: v for k, v in r.items() if k != "index"} for r in sorted(found, key=lambda r: int(r["index"]))]
 
     def close(self) -> None:
         """Close the file."""

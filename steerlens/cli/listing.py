@@ -45,9 +45,7 @@ def methods() -> list[dict[str, Any]]:
         fields = dataclasses.fields(cls)
         parameters = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
         required = [
-            f.name
-            for f in fields
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
         found.append(
             {
@@ -91,10 +89,7 @@ def tasks() -> list[dict[str, Any]]:
         return []
     known = getattr(world, "TASKS", {})
     named = known.items() if isinstance(known, dict) else ((name, None) for name in known)
-    return [
-        {"name": str(name), "summary": _first_sentence(getattr(task, "__doc__", None))}
-        for name, task in named
-    ]
+    return [{"name": str(name), "summary": _first_sentence(getattr(task, "__doc__", None))} for name, task in named]
 
 
 def _first_sentence(text: str | None) -> str:
@@ -129,7 +124,5 @@ def _argument(key: str, value: Any) -> str:
     if key == "method":
         return str(value)
     if key == "heads" and isinstance(value, dict):
-        value = ";".join(
-            f"{layer}:{h if isinstance(h, str) else ','.join(map(str, h))}" for layer, h in value.items()
-        )
+        value = ";".join(f"{layer}:{h if isinstance(h, str) else ','.join(map(str, h))}" for layer, h in value.items())
     return f"{key}={value}"

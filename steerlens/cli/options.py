@@ -29,9 +29,7 @@ class Backend(StrEnum):
 
 Methods = Annotated[
     list[str] | None,
-    typer.Option(
-        "--method", metavar="NAME", help="Method to steer with; repeatable. `list methods` names them."
-    ),
+    typer.Option("--method", metavar="NAME", help="Method to steer with; repeatable. `list methods` names them."),
 ]
 Recipes = Annotated[
     str | None,
@@ -51,33 +49,21 @@ Settings = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
-        "--model", metavar="M", help="Alias, Hub id or local path. Default: the recipe's model, else tiny."
-    ),
+    typer.Option("--model", metavar="M", help="Alias, Hub id or local path. Default: the recipe's model, else tiny."),
 ]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="cuda, cuda:1, xpu, mps or cpu. Default: the first of these that works."),
 ]
-DeviceMap = Annotated[
-    str | None, typer.Option("--device-map", help='Spread over devices, for example "auto".')
-]
+DeviceMap = Annotated[str | None, typer.Option("--device-map", help='Spread over devices, for example "auto".')]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="Commit, tag or branch of the model on the Hub.")
-]
+Revision = Annotated[str | None, typer.Option("--revision", help="Commit, tag or branch of the model on the Hub.")]
 ModelArgs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--model-arg", metavar="KEY=VALUE", help="Loading option such as load_in_4bit=true; repeatable."
-    ),
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="Loading option such as load_in_4bit=true; repeatable."),
 ]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
-]
-BackendOption = Annotated[
-    Backend, typer.Option("--backend", help="A named backend never falls back to another.")
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")]
+BackendOption = Annotated[Backend, typer.Option("--backend", help="A named backend never falls back to another.")]
 
 
 @dataclass(frozen=True)
@@ -188,22 +174,16 @@ def _named(described: list[dict[str, Any]], name: str, option: str) -> list[dict
 def _having(described: list[dict[str, Any]], key: str, option: str) -> list[dict[str, Any]]:
     from steerlens import methods as registry
 
-    parameters = {
-        d["method"]: [f.name for f in dataclasses.fields(registry.get(d["method"]))] for d in described
-    }
+    parameters = {d["method"]: [f.name for f in dataclasses.fields(registry.get(d["method"]))] for d in described}
     targets = [d for d in described if key in parameters[d["method"]]]
     if len(targets) > 1:
         owners = [d["method"] for d in targets]
         if len(set(owners)) == 1:
-            raise UsageError(
-                f"{option}: {owners[0]} is there {len(owners)} times; --set {owners[0]}.{key}=… sets all"
-            )
+            raise UsageError(f"{option}: {owners[0]} is there {len(owners)} times; --set {owners[0]}.{key}=… sets all")
         either = " or ".join(f"--set {owner}.{key}=…" for owner in dict.fromkeys(owners))
         raise UsageError(f"{option}: {' and '.join(dict.fromkeys(owners))} both have {key!r}; write {either}")
     if not targets:
         has = "; ".join(f"{name} has {', '.join(known)}" for name, known in parameters.items())
         known = sorted({p for names in parameters.values() for p in names})
-        raise MethodError(
-            f"{option}: no method of this run has the parameter {key!r}; {has}{nearest(key, known)}"
-        )
+        raise MethodError(f"{option}: no method of this run has the parameter {key!r}; {has}{nearest(key, known)}")
     return targets

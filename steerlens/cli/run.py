@@ -15,9 +15,7 @@ from steerlens.cli.guard import UsageError
 def run(
     method: options.Methods = None,
     model: options.Model = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The prompt. Default: standard input.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt. Default: standard input.")] = None,
     emphasize: Annotated[
         list[str] | None,
         typer.Option("--emphasize", metavar="TEXT", help="Text in the prompt to emphasise; repeatable."),
@@ -38,26 +36,18 @@ def run(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", metavar="OUT.jsonl", help="Where results of --prompt-file go. Default: stdout."
-        ),
+        typer.Option("--output", metavar="OUT.jsonl", help="Where results of --prompt-file go. Default: stdout."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward.")] = 8,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Go on with an --output that was stopped; the same settings are needed."
-        ),
+        typer.Option("--resume", help="Go on with an --output that was stopped; the same settings are needed."),
     ] = False,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Render the prompt as a message in the chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Render the prompt as a message in the chat template.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="System message; implies --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of the sampling; starts anew on each side.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling; starts anew on each side.")] = 0,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
     dtype: options.Dtype = "auto",
@@ -131,16 +121,12 @@ def _check(
 def _prompt(given: str | None) -> str:
     if given is None:
         if sys.stdin.isatty():
-            raise UsageError(
-                "no prompt: give --prompt TEXT, --prompt-file F.jsonl, or pipe a text into standard input"
-            )
+            raise UsageError("no prompt: give --prompt TEXT, --prompt-file F.jsonl, or pipe a text into standard input")
         try:
             given = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise UsageError(f"standard input is not text: {error}") from None
         given = given.removesuffix("\n")
     if not given.strip():
-        raise UsageError(
-            "the prompt is empty; give --prompt TEXT, --prompt-file F.jsonl, or a text on standard input"
-        )
+        raise UsageError("the prompt is empty; give --prompt TEXT, --prompt-file F.jsonl, or a text on standard input")
     return given

@@ -170,8 +170,7 @@ class Session:
         width = int(inputs["attention_mask"].sum(-1).max())
         if self.limit is not None and width >= self.limit:
             raise SpanError(
-                f"the prompt has {width} tokens, the model has room for {self.limit}, the answer included; "
-                "shorten it"
+                f"the prompt has {width} tokens, the model has room for {self.limit}, the answer included; shorten it"
             )
         return inputs, spans
 
@@ -196,6 +195,4 @@ class Session:
             streamer=streamer,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return [
-            str(text) for text in self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
-        ]
+        return [str(text) for text in self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)]

@@ -22,8 +22,18 @@ if TYPE_CHECKING:
     from steerlens.methods.zerotuning import ZeroTuning
 
 __all__ = [
-    "ACT", "PASTA", "DecodingMethod", "EditMethod", "HeadMask", "Method", "PerRow", "PromptMethod", "ZeroTuning",
-    "from_dict", "get", "names",
+    "ACT",
+    "PASTA",
+    "DecodingMethod",
+    "EditMethod",
+    "HeadMask",
+    "Method",
+    "PerRow",
+    "PromptMethod",
+    "ZeroTuning",
+    "from_dict",
+    "get",
+    "names",
 ]
 
 
@@ -37,7 +47,9 @@ def _registry() -> dict[str, type[Method]]:
         if not (isinstance(value, type) and issubclass(value, Method)) or value is PerRow or "name" not in vars(value):
             continue
         if found.setdefault(value.name, value) is not value:
-            raise MethodError(f"two methods are called {value.name!r}: {found[value.name].__module__}, {value.__module__}")
+            raise MethodError(
+                f"two methods are called {value.name!r}: {found[value.name].__module__}, {value.__module__}"
+            )
     return dict(sorted(found.items()))
 
 

@@ -1,4 +1,4 @@
-"""ACT, Attention Calibration Technique: take mass off attention sinks that are not the first token (arXiv 2406.15765)."""
+"""ACT, Attention Calibration Technique: take mass off sinks that are not the first token (arXiv 2406.15765)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ACT(EditMethod):
         self._choice("decode", ("frozen", "running", "off"))
         self._parse_heads()
 
-    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:  # noqa: D102
+    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         if self.beta == 1:
             return {}
         sinks = Sinks(self.threshold, self.threshold_mode == "relative", self.spare, self.decode == "running")

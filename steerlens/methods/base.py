@@ -54,7 +54,8 @@ class Method:
                     f"{cls.name} has no parameter {key!r}; it has {', '.join(known)}{nearest(str(key), known)}"
                 )
         missing = [
-            k for k, f in known.items()
+            k
+            for k, f in known.items()
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and k not in parameters
         ]
         if missing:
@@ -67,7 +68,7 @@ class Method:
     def _number(self, field: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
         """Check `low <= field <= high` (or `low < field`), store it as a float."""
         value = getattr(self, field)
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
         if not fits or value > high or value < low or (open_low and value == low):
             bound = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
             raise MethodError(f"{self.name}: {field}={value!r} is out of range; allowed: a number {bound}")
@@ -77,7 +78,8 @@ class Method:
         value = getattr(self, field)
         if value not in allowed:
             raise MethodError(
-                f"{self.name}: {field}={value!r} is unknown; allowed: {', '.join(allowed)}{nearest(str(value), allowed)}"
+                f"{self.name}: {field}={value!r} is unknown; "
+                f"allowed: {', '.join(allowed)}{nearest(str(value), allowed)}"
             )
 
 

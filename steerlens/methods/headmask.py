@@ -1,4 +1,4 @@
-"""Head ablation, the causal test of retrieval heads (arXiv 2404.15574) and the masked branch of DeCoRe (arXiv 2410.18860)."""
+"""Head ablation: the test of retrieval heads (arXiv 2404.15574), the masked branch of DeCoRe (arXiv 2410.18860)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class HeadMask(EditMethod):
     phase: Literal["all", "prefill", "decode"] = "all"
 
     name: ClassVar[str] = "headmask"
-    source: ClassVar[str] = "Wu et al. 2024, Retrieval Head, arXiv 2404.15574, §4; Gema et al. 2024, DeCoRe, arXiv 2410.18860, §3"
+    source: ClassVar[str] = (
+        "Wu et al. 2024, Retrieval Head, arXiv 2404.15574, §4; Gema et al. 2024, DeCoRe, arXiv 2410.18860, §3"
+    )
     summary: ClassVar[str] = "take heads out: mean of V over the visible keys, or zero"
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
@@ -42,5 +44,5 @@ class HeadMask(EditMethod):
         self._choice("phase", ("all", "prefill", "decode"))
         self._parse_heads()
 
-    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:  # noqa: D102
+    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         return self._everywhere(facts, lambda heads: [Ablate(heads, self.mode, self.phase)])

@@ -51,7 +51,7 @@ class PASTA(EditMethod):
         self._choice("sections", ("union", "published"))
         self._parse_heads()
 
-    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:  # noqa: D102
+    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         if self.alpha == 1:
             return {}
         if spans is None or GROUP not in spans.groups:
@@ -60,9 +60,7 @@ class PASTA(EditMethod):
                 "of (start, stop) token ranges per row"
             )
         terms = self._terms(spans.most_sections(GROUP))
-        return self._everywhere(
-            facts, lambda heads: [Reweight(heads, keys, Scale(weight)) for keys, weight in terms]
-        )
+        return self._everywhere(facts, lambda heads: [Reweight(heads, keys, Scale(weight)) for keys, weight in terms])
 
     def _terms(self, sections: int) -> list[tuple[Keys, float]]:
         weight = math.log(self.alpha)

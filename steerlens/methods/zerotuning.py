@@ -40,7 +40,7 @@ class ZeroTuning(EditMethod):
         self._number("gamma", 0, open_low=True)
         self._parse_heads()
 
-    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:  # noqa: D102
+    def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         if self.gamma == 1:
             return {}
         law = Scale(math.log(self.gamma))

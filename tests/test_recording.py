@@ -58,8 +58,7 @@ def test_capture_changes_nothing_and_takes_everything_off(model_of, prompts):
 def test_lse(model_of, prompts):
     model, (ids, _) = model_of("llama-gqa"), prompts()
     seen = {}
-    hook = model.model.layers[0].self_attn.register_forward_hook(
-        lambda m, a, k, o: seen.update(k), with_kwargs=True)
+    hook = model.model.layers[0].self_attn.register_forward_hook(lambda m, a, k, o: seen.update(k), with_kwargs=True)
     with torch.no_grad(), steerlens.capture(model, stats=["lse"], heads={0: [5]}) as record:
         model(ids)
     hook.remove()
