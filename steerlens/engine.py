@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steerlens import backends, facts
 from steerlens.backends.call import Call, canonical
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
+from steerlens.follow import follow, release
 from steerlens.lower import Placed, lower
 from steerlens.passes import Pass, Prompt, fit
 
@@ -127,7 +128,7 @@ class Engine(Guarded):
         self.records: list[Record] = []
         self.observers: list[Steering | Record] = []
         self.backend = "auto"
-        self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Scope | None, Prompt]] = weakref.WeakKeyDictionary()
+        self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Any, Prompt]] = weakref.WeakKeyDictionary()
         self.current: Pass | None = None
         self.scope: Scope | None = None
         self.thread = threading.get_ident()
@@ -170,6 +171,7 @@ class Engine(Guarded):
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
+            release(self.prompts)
             self.base.__dict__.pop("_steerlens_engine", None)
 
     @property
@@ -244,7 +246,7 @@ class Engine(Guarded):
         prompt = Prompt.start(width, real, batch, tokens.device, lengths)
         prompt.beams = scope is not None and scope.beams
         if cache is not None:
-            self.prompts[cache] = (scope, prompt)
+            follow(self.prompts, cache, (scope, prompt))
         return prompt
 
     def _check_rows(self, batch: int, expand: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
@@ -260,7 +262,7 @@ class Engine(Guarded):
             return
         cache = getattr(output, "past_key_values", None)
         if isinstance(cache, Cache) and cache not in self.prompts:
-            self.prompts[cache] = (self.scope, now.prompt)
+            follow(self.prompts, cache, (self.scope, now.prompt))
         if self.scope is None:
             self.judge()
 

@@ -34,6 +34,11 @@ class SinkState:
     counts: torch.Tensor
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def select(self, index: torch.Tensor) -> SinkState:
+        """These rows of it, int64 [B']."""
+        index = index.to(self.keys.device)
+        return SinkState(self.keys[index], self.sums[index], self.counts[index])
+
     @cached_property
     def index(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The frozen keys as columns, int64 [B, h, n], and which of them are meant, bool [B, h, n]."""
@@ -53,7 +58,9 @@ class Prompt:
         stop: column after the last real prompt token, int64 [B].
         real: real prompt columns, bool [B, width], or `None` if all are.
         beams: whether rows will be reordered between forwards.
+        origin: the row of the first forward that each row comes from, int64 [B]; `None` while none has moved.
         sinks: states of the edits that find sinks, by (context, layer, edit).
+        started: B of the first forward.
     """
 
     batch: int
@@ -62,7 +69,9 @@ class Prompt:
     stop: torch.Tensor
     real: torch.Tensor | None
     beams: bool = False
+    origin: torch.Tensor | None = None
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
+    started: int = 0
     _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -86,7 +95,15 @@ class Prompt:
             stop = torch.minimum(stop, first + torch.tensor(lengths, device=device))
             width = int(stop.max())
             real = None if real is None else real[:, :width]
-        return cls(batch, width, first, stop, real)
+        return cls(batch, width, first, stop, real, started=batch)
+
+    def select(self, index: torch.Tensor) -> Prompt:
+        """The prompt of a cache whose rows are now these rows of it, int64 [B']."""
+        origin = index if self.origin is None else self.origin[index]
+        real = None if self.real is None else self.real[index]
+        sinks = {key: state.select(index) for key, state in self.sinks.items()}
+        first, stop = self.first[index], self.stop[index]
+        return Prompt(len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -145,7 +162,8 @@ class Prompt:
 
     def _expand(self, table: torch.Tensor) -> torch.Tensor:
         # Beams and num_return_sequences repeat each prompt row next to itself.
-        return table.repeat_interleave(self.batch // table.shape[0], 0).to(self.first.device)
+        table = table.repeat_interleave(self.started // table.shape[0], 0).to(self.first.device)
+        return table if self.origin is None else table[self.origin]
 
 
 @dataclass

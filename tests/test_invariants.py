@@ -1,5 +1,6 @@
 """DESIGN §5, on tiny random models: native × backend × padding × prefill/decode × MHA/GQA/MQA × method."""
 
+import copy
 import dataclasses
 from typing import ClassVar
 
@@ -363,3 +364,50 @@ def test_prompt_keys_alone():
         {},
     )
     assert now.key_columns(PromptKeys(), None).tolist() == [[True] * 4 + [False]] * 2
+
+
+@pytest.mark.parametrize("name", ["zerotuning", "pasta", "act", "composed"])
+@pytest.mark.parametrize("move", ["reorder", "select", "repeat", "copy"])
+def test_state_follows_the_cache(name, move, model_of, prompts):
+    """Rows that the caller moves between forwards take their prompt along."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    following = torch.tensor([[5], [6], [7]])
+    with torch.no_grad(), steerlens.steer(model, METHODS[name], SPANS["left"]):
+        position = mask.sum(1, keepdim=True)
+
+        def start():
+            cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).past_key_values
+            assert cache.get_seq_length() == 20
+            return cache
+
+        def step(cache, rows):
+            longer = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
+            return model(
+                following[rows], attention_mask=longer, past_key_values=cache, position_ids=position[rows]
+            ).logits
+
+        plain, moved = start(), start()
+        if move == "copy":
+            kept, moved = moved, copy.deepcopy(moved)
+            rows = torch.tensor([0, 1, 2])
+            kept.reorder_cache(torch.tensor([2, 2, 2]))
+        elif move == "reorder":
+            rows = torch.tensor([2, 0, 1])
+            moved.reorder_cache(rows)
+        elif move == "select":
+            rows = torch.tensor([1])
+            moved.batch_select_indices(rows)
+        else:
+            rows = torch.tensor([0, 0, 1, 1, 2, 2])
+            moved.batch_repeat_interleave(2)
+        assert apart(step(moved, rows), step(plain, torch.arange(3))[rows]) < 1e-5
+    assert "reorder_cache" not in plain.__dict__
+
+
+def test_a_cache_cropped_into_its_prompt_starts_another(model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    with torch.no_grad(), steerlens.steer(model, PASTA(0.05), SPANS[None]):
+        cache = model(ids).past_key_values
+        cache.crop(-8)
+        again = model(ids[:, 12:], past_key_values=cache).logits
+        assert apart(again, model(ids).logits[:, 12:]) < 1e-5

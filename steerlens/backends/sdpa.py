@@ -15,6 +15,7 @@ Shapes as in `call`; W: head dim with channels, a multiple of 8 (other widths le
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,9 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
         if call.real is not None:
             hide = torch.full((1, 1, 1), HIDE, device=query.device).expand(1, query.shape[1], 1)
             terms = [*terms, Term(hide, ~call.real[:, None])]
-    if terms and query.shape[2] <= FEW_ROWS:
+    # An additive term in 16 bit would be a coarse one; only the CPU kernel takes it in fp32 beside 16-bit queries.
+    exact = query.device.type == "cpu" or query.dtype.itemsize >= 4
+    if terms and query.shape[2] <= FEW_ROWS and exact:
         mask, causal = _additive(call, inputs, terms, mask, causal), False
     elif terms or query.shape[-1] != width:
         query, key = _with_channels(query, key, terms, call.scaling)
@@ -351,7 +354,7 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32)).clamp(max=1)
     beta = edit.fraction
     safe = torch.where(rest > 0, rest, 1)
-    change = safe.log() - (1 - beta + beta * safe).log() + (torch.tensor(beta).log() if beta > 0 else HIDE)
+    change = safe.log() - (1 - beta + beta * safe).log() + (math.log(beta) if beta > 0 else HIDE)
     change = torch.where((rest > 0) & (call.sees(~keys)), change.clamp(min=HIDE), 0)
     if edit.rows is not None:
         change = change * edit.rows[:, None]
@@ -361,8 +364,9 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
         heads = [h for h in edit.heads if h % groups == member]
         if heads:
             own = [at[h] for h in heads]
-            weights = change.new_zeros(B, H, change.shape[-1]).index_copy(1, torch.tensor(heads), change[:, own])
-            on = keys.new_zeros(B, G, Tk).index_copy(1, torch.tensor([h // groups for h in heads]), keys[:, own])
+            weights, on = change.new_zeros(B, H, change.shape[-1]), keys.new_zeros(B, G, Tk)
+            weights[:, heads] = change[:, own]
+            on[:, [h // groups for h in heads]] = keys[:, own]
             found.append(Term(weights, on))
     return found
 

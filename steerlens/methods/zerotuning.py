@@ -22,11 +22,12 @@ class ZeroTuning(EditMethod):
     which is a pad in a left-padded row and does nothing there; here it is the first token that is attended.
 
     Args:
-        gamma: factor on the weight, > 0; 1 is neutral. The paper tunes it per task, mostly within 0.3 .. 4.
+        gamma: factor on the weight, > 0; 1 is neutral. The paper tunes it per task, mostly within 0.3 .. 4; it has no
+            default there.
         heads: which query heads.
     """
 
-    gamma: float
+    gamma: float = 1.5
     heads: Heads | str | dict[int, list[int]] = "all"
 
     name: ClassVar[str] = "zerotuning"
