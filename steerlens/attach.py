@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +13,7 @@ from steerlens import backends
 from steerlens.backends import reference
 from steerlens.backends.call import Bias, Call
 from steerlens.edits import Plan, Reweight
-from steerlens.engine import Engine, Scope
+from steerlens.engine import Engine
 from steerlens.errors import MethodError, SpanError, SteeringStateError, UnsupportedError
 from steerlens.lower import Placed
 from steerlens.methods.base import DecodingMethod, EditMethod, Method, PerRow, PromptMethod
@@ -80,13 +78,21 @@ class Steering:
         if self.prompt_lengths is not None and min(self.prompt_lengths, default=0) < 1:
             raise ValueError(f"prompt_lengths={prompt_lengths!r}; allowed: one number of tokens >= 1 per prompt row")
         self.observes = report == "mass"
-        self._mass: dict[int, list[torch.Tensor]] = {}
+        self._mass: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls: dict[int, tuple[int, int]] = {}
-        self._inside = False
+        self._start: dict[int, tuple[int, int]] = {}
+        self.inside = False
         self.prompt_rows = self._count_rows()
         self.plan: dict[int, Any] = {}
         self.placed: dict[int, list[Placed]] = {}
         self._place(facts)
+
+    def respan(self, spans: Spans | None) -> None:
+        """Plan again for other spans, as a `PromptMethod` gives."""
+        if spans is not self.spans:
+            self.spans, self.placed = spans, {}
+            self._place(self._engine.facts)
+            self._engine.update()
 
     def _place(self, facts: Any) -> None:
         same: dict[Any, tuple[int, int]] = {}
@@ -132,21 +138,16 @@ class Steering:
         if len(named) > 1:
             raise SteeringStateError(f"contexts on one model name different backends: {', '.join(sorted(named))}")
         if not self.plan and all(isinstance(m, EditMethod) for m in self.methods):
-            self._neutral = True
             return self
-        self._neutral = False
         engine.thread = threading.get_ident()
         engine.contexts.append(self)
         try:
             engine.update()
-            _wrap(self.model, engine)
         except BaseException:
             self.detach()
             raise
         self._start = {layer: (site.calls, site.rows) for layer, site in engine.sites.items()}
         return self
-
-    _neutral = False
 
     def detach(self) -> None:
         """Stop steering; harmless when not attached. Contexts may be left in any order."""
@@ -159,8 +160,6 @@ class Steering:
         for prompt in [p for _, p in engine.prompts.values()]:
             for key in [k for k in prompt.sinks if isinstance(k, tuple) and k[0] == id(self)]:
                 del prompt.sinks[key]
-        if not engine.contexts:
-            _unwrap_methods(self.model)
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -208,16 +207,16 @@ class Steering:
                 edited |= edit.keys[:, None] & (edit.weights != 0).any(-1)[..., None]
             elif isinstance(edit, reference.Kept):
                 edited[:, edit.edit.heads] |= edit.keys
-        total, count = self._mass.setdefault(
-            layer, [torch.zeros(H, device=call.query.device), torch.zeros((), device=call.query.device)]
-        )
+        nothing = torch.zeros(H, device=call.query.device), torch.zeros((), device=call.query.device)
+        total, count = self._mass.get(layer, nothing)
         real = now.real_rows()
         for rows in reference.blocks(call):
             change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)
             moved = (change * edited[:, :, None]).sum(-1)
             counted = torch.ones_like(moved[:, 0]) if real is None else real[:, rows].float()
-            total += (moved * counted[:, None]).sum((0, 2))
-            count += counted.sum()
+            total = total + (moved * counted[:, None]).sum((0, 2))
+            count = count + counted.sum()
+        self._mass[layer] = (total, count)
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
 
@@ -232,7 +231,7 @@ class Steering:
 
     def allow_forward(self) -> None:
         """Refuse a bare forward under a method that acts around the forward."""
-        if self._inside or self._engine.scope is not None:
+        if self.inside or self._engine.scope is not None:
             return
         for method in self.methods:
             if isinstance(method, DecodingMethod):
@@ -269,83 +268,3 @@ def unwrap(model: Any) -> Any:
         if inner is not None and not hasattr(model, "base_model"):
             return unwrap(inner)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _wrap(model: Any, engine: Engine) -> None:
-    """Wrap `generate` and `set_attn_implementation` on this instance, once."""
-    if "_steerlens_wrapped" in model.__dict__:
-        return
-    model.__dict__["_steerlens_wrapped"] = engine
-    if hasattr(model, "generate"):
-        model.__dict__["generate"] = _generate(weakref.ref(model), type(model).generate, engine)
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise SteeringStateError(
-            f"set_attn_implementation on a steered model would undo the routing: leave {engine.describe()} first"
-        )
-
-    model.__dict__["set_attn_implementation"] = refuse
-
-
-def _unwrap_methods(model: Any) -> None:
-    if model.__dict__.pop("_steerlens_wrapped", None) is not None:
-        model.__dict__.pop("generate", None)
-        model.__dict__.pop("set_attn_implementation", None)
-
-
-def _generate(model_ref: Any, original: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        model = model_ref()
-        if args:
-            kwargs["inputs"] = args[0]
-        rest = args[1:]
-        if engine.scope is not None or any(c._inside for c in engine.contexts):
-            return original(model, *(args and (kwargs.pop("inputs"),)), *rest, **kwargs)
-        kwargs = _prepare(engine, kwargs)
-        owner = next((c for c in engine.contexts for m in c.methods if isinstance(m, DecodingMethod)), None)
-        if owner is not None:
-            method = next(m for m in owner.methods if isinstance(m, DecodingMethod))
-            names = ("inputs", "input_ids", "attention_mask", "inputs_embeds")
-            inputs = {k: kwargs.pop(k) for k in names if k in kwargs}
-            owner._inside = True
-            try:
-                return method.generate(model, inputs, owner.spans, **kwargs)
-            finally:
-                owner._inside = False
-        engine.scope = _scope(model, kwargs)
-        for site in engine.sites.values():
-            site.reached = False
-        try:
-            output = original(model, *((kwargs.pop("inputs"),) if "inputs" in kwargs else ()), *rest, **kwargs)
-            engine.judge()
-            return output
-        finally:
-            engine.scope = None
-
-    return generate
-
-
-def _prepare(engine: Engine, kwargs: dict[str, Any]) -> dict[str, Any]:
-    for context in engine.contexts:
-        for method in context.methods:
-            if isinstance(method, PromptMethod):
-                inputs, context.spans = method.prepare(kwargs, context.spans)
-                kwargs = dict(inputs)
-    return kwargs
-
-
-def _scope(model: Any, kwargs: dict[str, Any]) -> Scope | None:
-    tokens = next((kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
-    if not isinstance(tokens, torch.Tensor):
-        return Scope(1, None, None, 1, False) if tokens is None else None
-    config = kwargs.get("generation_config") or model.generation_config
-
-    def option(name: str) -> int:
-        value = kwargs.get(name)
-        return value or getattr(config, name, None) or 1
-
-    mask = kwargs.get("attention_mask")
-    mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    expand = max(option("num_beams"), option("num_return_sequences"))
-    return Scope(tokens.shape[1], tokens, mask, expand, option("num_beams") > 1)

@@ -26,6 +26,7 @@ from steerlens import backends, facts
 from steerlens.backends.call import Call, canonical
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
+from steerlens.generation import Scope, Wrapper
 from steerlens.lower import Placed, lower
 from steerlens.passes import Pass, Prompt, fit
 
@@ -106,15 +107,6 @@ class Site(Guarded):
             module.config = routed
 
 
-class Scope:
-    """One wrapped `generate`: its inputs say what the prompt is, whatever forwards run inside."""
-
-    def __init__(
-        self, width: int, ids: torch.Tensor | None, mask: torch.Tensor | None, expand: int, beams: bool
-    ) -> None:
-        self.width, self.ids, self.mask, self.expand, self.beams = width, ids, mask, expand, beams
-
-
 class Engine(Guarded):
     """All steering on one model."""
 
@@ -131,6 +123,7 @@ class Engine(Guarded):
         self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Any, Prompt]] = weakref.WeakKeyDictionary()
         self.current: Pass | None = None
         self.scope: Scope | None = None
+        self.wrappers: dict[int, Wrapper] = {}
         self.thread = threading.get_ident()
         self._running: int | None = None
         self._arguments = list(inspect.signature(type(base).forward).parameters)[1:]
@@ -160,7 +153,12 @@ class Engine(Guarded):
             site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
-        active = bool(self.contexts or self.records)
+        models = {id(user.model): user.model for user in self.users}
+        for known in set(self.wrappers) - set(models):
+            self.wrappers.pop(known).release()
+        for known in set(models) - set(self.wrappers):
+            self.wrappers[known] = Wrapper(models[known], self)
+        active = bool(models)
         if active and not self._hooks:
             self._hooks = [
                 self.base.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -173,6 +171,11 @@ class Engine(Guarded):
             self._hooks = []
             release(self.prompts)
             self.base.__dict__.pop("_steerlens_engine", None)
+
+    @property
+    def users(self) -> list[Steering | Record]:
+        """Every context in force."""
+        return [*self.contexts, *self.records]
 
     @property
     def prompt_lengths(self) -> tuple[int, ...] | None:
@@ -215,8 +218,8 @@ class Engine(Guarded):
         keys = {layer: (length, 0) if cache is None else cache.get_mask_sizes(length, layer) for layer in self.sites}
         self.current = Pass(prompt, seen, length, real, plain, keys)
         self._running = threading.get_ident()
-        for site in self.sites.values():
-            site.reached = False
+        if self.scope is None:
+            self.await_layers()
 
     def _prompt(
         self, cache: Cache | None, seen: int, batch: int, length: int, mask: torch.Tensor | None, tokens: torch.Tensor
@@ -233,6 +236,11 @@ class Engine(Guarded):
         expand = 1 if scope is None else scope.expand
         self._check_rows(batch, expand, None if seen and scope is None else ids, given)
         width = seen + length if scope is None else scope.width
+        if scope is not None and seen + length < width and not scope.chunked and cache is not None and not seen:
+            raise UnsupportedError(
+                f"generate runs a forward of {length} columns on an empty cache beside its prompt of {width}: what its "
+                "prompt is cannot be told (several prompts inside one generate); generate unsteered"
+            )
         real = mask
         if given is not None and given.shape[1] >= width:
             real = given.bool().repeat_interleave(batch // given.shape[0], 0)
@@ -250,10 +258,10 @@ class Engine(Guarded):
         return prompt
 
     def _check_rows(self, batch: int, expand: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-        for context in self.contexts:
-            context.check_rows(batch, expand)
-            if context.spans is not None and ids is not None and not ids.is_floating_point():
-                context.spans.check(ids, mask)
+        for user in self.users:
+            user.check_rows(batch, expand)
+            if user.spans is not None and ids is not None and not ids.is_floating_point():
+                user.spans.check(ids, mask, longer=self.prompt_lengths is not None)
 
     @torch.compiler.disable
     def _end(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -265,6 +273,11 @@ class Engine(Guarded):
             follow(self.prompts, cache, (self.scope, now.prompt))
         if self.scope is None:
             self.judge()
+
+    def await_layers(self) -> None:
+        """From here on, `judge` wants every routed layer to be called."""
+        for site in self.sites.values():
+            site.reached = False
 
     def judge(self) -> None:
         """Raise `NotReachedError` for a steered layer that the last call never came to."""

@@ -92,9 +92,11 @@ class Prompt:
             first = real.long().argmax(1)
             stop = torch.where(real, columns + 1, 0).amax(1)
         if lengths is not None:
-            stop = torch.minimum(stop, first + torch.tensor(lengths, device=device))
+            stop = first + torch.tensor(lengths, device=device)
             width = int(stop.max())
-            real = None if real is None else real[:, :width]
+            # What a first chunk does not show yet is tokens.
+            missing = 0 if real is None else max(width - real.shape[1], 0)
+            real = None if real is None else torch.nn.functional.pad(real, (0, missing), value=True)[:, :width]
         return cls(batch, width, first, stop, real, started=batch)
 
     def select(self, index: torch.Tensor) -> Prompt:

@@ -14,7 +14,7 @@ from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, SpanKeys
 from steerlens.engine import Engine
-from steerlens.errors import SpanError, UnsupportedError, nearest
+from steerlens.errors import SpanError, SteeringStateError, UnsupportedError, nearest
 from steerlens.heads import Heads
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
@@ -60,11 +60,13 @@ class Record:
                 raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(STATS)}{nearest(stat, STATS)}")
         if rows not in ("all", "last"):
             raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last' (the last row of each forward)")
-        base = getattr(unwrap(model), "base_model", None)
+        self.model = unwrap(model)
+        base = getattr(self.model, "base_model", None)
         if not isinstance(base, torch.nn.Module):
             raise UnsupportedError(f"{type(model).__name__} is not a transformers model")
         self._engine = Engine.of(base)
         self.stats, self.rows = tuple(stats), rows
+        self._batch: int | None = None
         self.spans = None if spans is None else Spans.of(spans)
         named = self.spans is not None and self.spans.groups
         self.groups: tuple[str, ...] = tuple(self.spans.groups) if self.spans and named else ("first_token",)
@@ -83,8 +85,14 @@ class Record:
 
     def __enter__(self) -> Self:
         self._engine = Engine.of(self._engine.base)
+        if self in self._engine.records:
+            raise SteeringStateError("this capture is on already: open another one")
         self._engine.records.append(self)
-        self._engine.update()
+        try:
+            self._engine.update()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -93,16 +101,18 @@ class Record:
         self._engine.records.remove(self)
         self._engine.update()
 
-    def check_rows(self, batch: int) -> None:
-        """Raise `SpanError` if the spans cannot be of a batch of `batch` rows."""
-        if self.spans is not None and self.spans.groups and batch % self.spans.rows:
+    def check_rows(self, batch: int, expand: int) -> None:
+        """Raise if a batch of `batch` rows is not that of the spans, or of what is recorded already."""
+        if self._batch not in (None, batch):
+            raise SteeringStateError(f"this capture holds {self._batch} rows, the batch has {batch}: open another one")
+        if self.spans and self.spans.groups and batch not in (self.spans.rows, self.spans.rows * expand):
             raise SpanError(f"spans describe {self.spans.rows} prompt rows, the batch has {batch}")
 
     def observe(self, layer: int, call: Call, now: Pass) -> None:
         """Record one attention call."""
         if layer not in self._layers:
             return
-        self.check_rows(call.query.shape[0])
+        self._batch = call.query.shape[0]
         record, heads = self._layers[layer], list(self._heads[layer])
         length, start = now.keys[layer]
         edits = reference.resolve(call, sdpa.budget(call))

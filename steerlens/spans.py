@@ -66,15 +66,22 @@ class Spans:
         """The largest number of sections that any row has in `group`."""
         return max((len(row) for row in self.groups[group]), default=0)
 
-    def check(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def check(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, longer: bool = False) -> None:
         """Raise `SpanError` if these are not the inputs that the spans were resolved on.
 
         Args:
             input_ids: [B, T]; B may be a multiple of the rows (beams, `num_return_sequences`).
             attention_mask: [B, T] or None.
+            longer: T may also be larger, a continuation behind the prompt, or smaller, its first chunk (not checked).
         """
         if self.fingerprint is None:
             return
+        width = int(self.fingerprint[0].partition(":")[0]) if self.fingerprint else 0
+        if longer and input_ids.shape[1] < width:
+            return
+        if longer:
+            input_ids = input_ids[:, :width]
+            attention_mask = None if attention_mask is None else attention_mask[:, :width]
         seen = digests(input_ids, attention_mask)
         expand = len(seen) // len(self.fingerprint)
         for row, digest in enumerate(seen):
@@ -93,11 +100,11 @@ class Spans:
 
 
 def digests(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[str, ...]:
-    """One digest per row over its token ids and its mask."""
+    """One digest per row over its token ids and its mask: `"<columns>:<hash>"`."""
     ids = input_ids.tolist()
     masks = [[1] * len(row) for row in ids] if attention_mask is None else attention_mask.long().tolist()
     return tuple(
-        hashlib.blake2b(repr((row, mask)).encode(), digest_size=8).hexdigest()
+        f"{len(row)}:{hashlib.blake2b(repr((row, mask)).encode(), digest_size=8).hexdigest()}"
         for row, mask in zip(ids, masks, strict=True)
     )
 

@@ -277,7 +277,7 @@ ZT = ("--method", "zerotuning", "--set", "gamma=2")
     [
         ((), "neither --method nor --recipe"),
         (("--method", "zerotunign"), "did you mean 'zerotuning'"),
-        (("--method", "zerotuning"), "zerotuning needs gamma"),
+        (("--method", "headmask"), "headmask needs heads"),
         (("--method", "zerotuning", "--set", "gama=2"), "did you mean 'gamma'"),
         (("--method", "zerotuning", "--set", "gamma"), "--set 'gamma' is not KEY=VALUE"),
         (("--method", "zerotuning", "--set", "gamma=-1"), "gamma=-1 is out of range; allowed: a number > 0"),
@@ -640,7 +640,7 @@ def test_list_names_everything(call):
     assert all(name in shown for name in methods.names())
     found = {m["name"]: m for m in json.loads(call("list", "methods", "--json", run=False).stdout)}
     assert list(found) == methods.names()
-    assert found["zerotuning"]["required"] == ["gamma"]
+    assert found["headmask"]["required"] == ["heads"] and found["zerotuning"]["required"] == []
     assert found["pasta"]["parameters"]["alpha"] == PASTA().alpha
     assert found["pasta"]["needs"] == ["emphasis"]
     assert "2311.02262" in found["pasta"]["source"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steerlens
-from steerlens.errors import SpanError
+from steerlens.errors import SpanError, SteeringStateError
 from steerlens.methods import ACT, ZeroTuning
 from steerlens.spans import Spans
 
@@ -96,6 +96,28 @@ def test_forwards_are_appended(family, model_of, prompts):
             assert (got - expected).nan_to_num().abs().max() < 1e-4
         assert torch.equal(record[layer].argmax, once[layer].argmax)
         assert (last[layer].mass - record[layer].mass[:, :, 19:]).abs().max() < 1e-6
+
+
+def test_a_prompt_in_chunks(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    options = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+    records = []
+    for chunk in (None, 7):
+        with steerlens.capture(model, SPANS, stats=["mass", "column_mean"]) as record:
+            model.generate(ids, prefill_chunk_size=chunk, **options)
+        records.append(record[1])
+    assert (records[0].mass - records[1].mass).nan_to_num().abs().max() < 1e-5
+    assert (records[0].column_mean - records[1].column_mean).nan_to_num().abs().max() < 1e-5
+
+
+def test_one_record_one_batch(model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts()
+    with steerlens.capture(model) as record:
+        model(ids)
+        with pytest.raises(SteeringStateError, match="holds 3 rows"):
+            model(ids[:2])
+        with pytest.raises(SteeringStateError, match="on already"), record:
+            pass
 
 
 def test_bad_requests(model_of, prompts):

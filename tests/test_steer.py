@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from small_models import build
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 import steerlens
 from steerlens.errors import (
@@ -105,6 +105,48 @@ class TestRestoring:
         with steerlens.steer(model, STRONG):
             model.save_pretrained(tmp_path)
         assert "steerlens" not in (tmp_path / "config.json").read_text()
+
+    def test_a_users_own_generate_stays(self, model, prompts):
+        ids, _ = prompts()
+        expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+        own = type(model).generate.__get__(model)
+        model.generate = lambda *args, **kwargs: own(*args, **kwargs) + 1
+        try:
+            mine = model.generate
+            with steerlens.steer(model, ZeroTuning(1.0001)):
+                assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected + 1)
+            assert model.generate is mine
+        finally:
+            del model.generate
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_the_model_and_its_decoder(self, model, prompts, first):
+        before = fingerprint(model)
+        both = [steerlens.steer(model, STRONG), steerlens.steer(model.model, HeadMask({1: [2]}))]
+        for steering in both:
+            steering.attach()
+        both[first].detach()
+        model.generate(prompts()[0], max_new_tokens=2)
+        both[1 - first].detach()
+        assert fingerprint(model) == before
+
+    @pytest.mark.parametrize("what", ["steer", "capture"])
+    def test_attach_that_fails_half_way(self, model, monkeypatch, what):
+        from steerlens import engine
+
+        before, make, made = fingerprint(model), engine.Site, []
+
+        def fail(*args):
+            if made:
+                raise MemoryError
+            made.append(make(*args))
+            return made[0]
+
+        context = steerlens.steer(model, STRONG) if what == "steer" else steerlens.capture(model)
+        monkeypatch.setattr(engine, "Site", fail)
+        with pytest.raises(MemoryError), context:
+            pass
+        assert fingerprint(model) == before
 
 
 class TestComposition:
@@ -304,6 +346,51 @@ class TestSpans:
             got = run(model, ids)
         assert (got - base)[1].abs().max() < 1e-5 and (got - base)[0].abs().max() > 1e-2
 
+    def test_fingerprint_of_a_prompt_with_its_continuation(self, model, prompts):
+        ids, mask = prompts(None, lengths=(20,))
+        spans = steerlens.Spans({"emphasis": (((9, 12),),)}, steerlens.spans.digests(ids[:, :15], mask[:, :15]))
+        with steerlens.steer(model, PASTA(), spans, prompt_lengths=15):
+            model(ids)
+            with pytest.raises(SpanError, match="row 0"):
+                model(ids.flip(1))
+        with steerlens.steer(model, PASTA(), spans), pytest.raises(SpanError, match="row 0"):
+            model(ids)
+        with steerlens.capture(model, spans), pytest.raises(SpanError, match="row 0"):
+            model(ids)
+
+
+class TestGenerateArguments:
+    def test_positional_config(self, model, prompts):
+        ids, _ = prompts()
+        config = GenerationConfig(num_beams=2, max_new_tokens=3, do_sample=False)
+        with steerlens.steer(model, PASTA(0.1), [[(2, 4)]] * 3):
+            assert torch.equal(model.generate(ids, config), model.generate(input_ids=ids, generation_config=config))
+        with steerlens.steer(model, ACT(0.3, 0.08, decode="running")), pytest.raises(UnsupportedError, match="beams"):
+            model.generate(ids, config)
+
+    def test_embeddings(self, model, prompts):
+        ids, mask = prompts("left")
+        embeds, options = model.get_input_embeddings()(ids), {"max_new_tokens": 4, "do_sample": False}
+        with steerlens.steer(model, PASTA(0.05), [[(9, 12)], [(10, 13)], [(8, 11)]]):
+            expected = model.generate(ids, attention_mask=mask, **options)[:, 20:]
+            assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, **options), expected)
+            got = model.generate(input_ids=ids[:, :0], inputs_embeds=embeds, attention_mask=mask, **options)
+            assert torch.equal(got, expected)
+
+    def test_a_second_prompt_inside_is_refused(self, model, prompts):
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="guidance_scale=3"):
+            model.generate(prompts()[0], max_new_tokens=3, guidance_scale=3.0)
+
+    def test_chunks_by_hand(self, model, prompts):
+        """With `prompt_lengths` the prompt may come in several bare forwards."""
+        ids, _ = prompts(None, lengths=(20,))
+        for method in (PASTA(0.05), HeadMask({0: "*"}, phase="prefill"), HeadMask({0: "*"}, phase="decode")):
+            with torch.no_grad(), steerlens.steer(model, method, [[(9, 12)]], prompt_lengths=20):
+                whole = model(ids).logits
+                first = model(ids[:, :8])
+                rest = model(ids[:, 8:], past_key_values=first.past_key_values).logits
+            assert (torch.cat([first.logits, rest], 1) - whole).abs().max() < 1e-4
+
 
 class TestReport:
     def test_counts(self, model, prompts):
@@ -325,6 +412,15 @@ class TestReport:
         assert change.shape == (3, 8)
         assert (change >= 0).all() if method is STRONG else (change <= 1e-7).all()
         assert change.abs().max() > 0.05
+
+    def test_mass_over_inference_and_normal_mode(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, STRONG, report="mass") as steered:
+            with torch.inference_mode():
+                model(ids)
+            once = steered.report()[1]["delta_mass"]
+            model(ids)
+            assert (steered.report()[1]["delta_mass"] - once).abs().max() < 1e-6
 
     def test_mass_is_the_captured_change(self, model, prompts):
         """Layer 0's input does not depend on steering, so its Δψ is the difference of two captures."""
