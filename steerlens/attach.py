@@ -262,9 +262,17 @@ def _methods(methods: Any) -> list[Method]:
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a compile, DDP or PEFT wrapper."""
-    for attribute in ("_orig_mod", "module"):
-        inner = model.__dict__.get("_modules", {}).get(attribute) if hasattr(model, "__dict__") else None
-        if inner is not None and not hasattr(model, "base_model"):
-            return unwrap(inner)
+    """The transformers model inside a DDP or PEFT wrapper; a compiled one is refused.
+
+    Raises:
+        UnsupportedError: for a compiled model, whose graph may not contain the steering.
+    """
+    parts = getattr(model, "_modules", {})
+    if "_orig_mod" in parts or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedError(
+            f"{type(model).__name__} is compiled, and its graph may leave the steering out: steer and call the model "
+            "that was compiled (compiled._orig_mod), without torch.compile"
+        )
+    if list(parts) == ["module"]:
+        return unwrap(parts["module"])
     return model.get_base_model() if hasattr(model, "get_base_model") else model

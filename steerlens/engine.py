@@ -204,7 +204,7 @@ class Engine(Guarded):
             raise UnsupportedError(f"past_key_values is a {type(cache).__name__}; steering needs a transformers Cache")
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, length = tokens.shape[:2]
-        mask, plain = _token_mask(given.get("attention_mask"))
+        mask, plain = _token_mask(given.get("attention_mask"), seen + length)
         prompt = self._prompt(cache, seen, batch, length, mask, tokens)
         total = seen + length
         real = None
@@ -241,7 +241,7 @@ class Engine(Guarded):
                 f"generate runs a forward of {length} columns on an empty cache beside its prompt of {width}: what its "
                 "prompt is cannot be told (several prompts inside one generate); generate unsteered"
             )
-        real = mask
+        real = None if mask is None else mask.bool()
         if given is not None and given.shape[1] >= width:
             real = given.bool().repeat_interleave(batch // given.shape[0], 0)
         elif mask is not None and mask.shape[1] < width:
@@ -401,8 +401,8 @@ def _from_columns(
     return visible if real is None else visible & real[:, None, None]
 
 
-def _token_mask(mask: Any) -> tuple[torch.Tensor | None, bool]:
-    """Real tokens as [B, columns], and whether visibility is causal and padding alone."""
+def _token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
+    """Real tokens as [B, >= columns] if the mask tells, and whether visibility is causal and padding alone."""
     if mask is None:
         return None, True
     if isinstance(mask, Mapping):
@@ -416,7 +416,8 @@ def _token_mask(mask: Any) -> tuple[torch.Tensor | None, bool]:
     if mask.ndim != 4:
         raise UnsupportedError(f"attention_mask has shape {tuple(mask.shape)}; allowed: [B, T] or [B, 1, Tq, Tk]")
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return visible.any(1).any(1), False
+    # The mask of a sliding-window cache begins where its window does, and tells nothing of the columns before.
+    return (visible.any(1).any(1) if visible.shape[-1] >= columns else None), False
 
 
 def _attention_modules(base: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:

@@ -153,7 +153,7 @@ def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: 
             counted = counted & real
         total, observers = (fit(part, now.columns) for part in sums(counted))
         state = SinkState(total.new_zeros(0, dtype=torch.bool), total, observers)
-        state.keys = _select(rule, state, now)
+        state.keys = _select(rule, state, now)[..., : prompt.width]
         prompt.sinks[item.key] = state
     if rule.running and prompt.beams:
         raise UnsupportedError(

@@ -44,7 +44,7 @@ class SinkState:
         """The frozen keys as columns, int64 [B, h, n], and which of them are meant, bool [B, h, n]."""
         count = int(self.keys.sum(-1).max())
         found = self.keys.long().topk(count, dim=-1)
-        return found.indices, found.values.bool()
+        return torch.where(found.values.bool(), found.indices, 0), found.values.bool()
 
 
 @dataclass

@@ -247,6 +247,19 @@ class TestSafety:
         with pytest.raises(UnsupportedError, match="Linear"):
             steerlens.steer(torch.nn.Linear(2, 2), STRONG)
 
+    def test_wrappers(self, model, prompts):
+        for compiled in (torch.compile(model), build("llama-gqa")):
+            if compiled.__class__.__name__ == "LlamaForCausalLM":
+                compiled.compile()
+            for use in (lambda m: steerlens.steer(m, STRONG), steerlens.capture):
+                with pytest.raises(UnsupportedError, match="compiled"):
+                    use(compiled)
+        wrapped = torch.nn.Sequential()
+        wrapped.add_module("module", model)
+        before = run(model, prompts()[0])
+        with steerlens.steer(wrapped, STRONG):
+            assert not torch.equal(run(model, prompts()[0]), before)
+
     def test_dropout_is_refused(self, prompts):
         model = build("llama-gqa", attention_dropout=0.1).train()
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="dropout"):
@@ -376,6 +389,15 @@ class TestGenerateArguments:
             assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, **options), expected)
             got = model.generate(input_ids=ids[:, :0], inputs_embeds=embeds, attention_mask=mask, **options)
             assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("method", [STRONG, ACT(0.3, 0.08)], ids=["zerotuning", "act"])
+    def test_no_mask_and_prompt_lookup(self, model_of, prompts, method):
+        ids, _ = prompts(None, lengths=(20,))
+        options = {"max_new_tokens": 8, "do_sample": False}
+        for family in ("llama-gqa", "mistral"):
+            with steerlens.steer(model_of(family), method):
+                plain = model_of(family).generate(ids, **options)
+                assert torch.equal(model_of(family).generate(ids, prompt_lookup_num_tokens=5, **options), plain)
 
     def test_a_second_prompt_inside_is_refused(self, model, prompts):
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="guidance_scale=3"):
