@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from steerlens import backends
-from steerlens.backends import reference
+from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Bias, Call
 from steerlens.edits import Plan, Reweight
 from steerlens.engine import Engine
@@ -130,16 +129,12 @@ class Steering:
         engine = self._engine = Engine.of(self._engine.base)
         if self in engine.contexts:
             raise SteeringStateError(f"{self.describe()} is attached already")
-        if engine.contexts and engine.thread != threading.get_ident():
-            raise SteeringStateError(
-                f"{engine.describe()} was attached by another thread; attach and run one model from one thread"
-            )
+        engine.claim()
         named = {c.backend for c in engine.contexts if c.backend != "auto"} | {self.backend} - {"auto"}
         if len(named) > 1:
             raise SteeringStateError(f"contexts on one model name different backends: {', '.join(sorted(named))}")
         if not self.plan and all(isinstance(m, EditMethod) for m in self.methods):
             return self
-        engine.thread = threading.get_ident()
         engine.contexts.append(self)
         try:
             engine.update()
@@ -199,7 +194,8 @@ class Steering:
         """Accumulate the change of mass of one attention call, on the device and without synchronising."""
         if not any(isinstance(p.edit, Reweight) for p in self.placed.get(layer, ())):
             return
-        edits = reference.resolve(call)
+        budget = sdpa.budget(call)
+        edits = reference.resolve(call, budget)
         H, Tk = call.query.shape[1], call.key.shape[2]
         edited = torch.zeros(call.query.shape[0], H, Tk, dtype=torch.bool, device=call.query.device)
         for edit in edits:
@@ -210,7 +206,7 @@ class Steering:
         nothing = torch.zeros(H, device=call.query.device), torch.zeros((), device=call.query.device)
         total, count = self._mass.get(layer, nothing)
         real = now.real_rows()
-        for rows in reference.blocks(call):
+        for rows in reference.blocks(call, budget):
             change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)
             moved = (change * edited[:, :, None]).sum(-1)
             counted = torch.ones_like(moved[:, 0]) if real is None else real[:, rows].float()

@@ -141,6 +141,14 @@ class Engine(Guarded):
             ", ".join([c.describe() for c in self.contexts] + ["steerlens.capture"] * bool(self.records)) or "steerlens"
         )
 
+    def claim(self) -> None:
+        """The thread that attaches first; another one must wait until all contexts are left."""
+        if self.users and self.thread != threading.get_ident():
+            raise SteeringStateError(
+                f"{self.describe()} was attached by another thread; attach to one model from one thread"
+            )
+        self.thread = threading.get_ident()
+
     def update(self) -> None:
         """Route the layers that the contexts in force need, release the others."""
         wanted = {layer for context in self.contexts for layer in context.plan}
@@ -189,7 +197,7 @@ class Engine(Guarded):
 
     @torch.compiler.disable
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._running not in (None, threading.get_ident()):
+        if self._running not in (None, threading.get_ident()) and self._busy():
             raise SteeringStateError(
                 f"two threads run the steered model at once ({self.describe()}): a model holds one forward at a time"
             )
@@ -220,6 +228,15 @@ class Engine(Guarded):
         self._running = threading.get_ident()
         if self.scope is None:
             self.await_layers()
+
+    def _busy(self) -> bool:
+        """Whether the thread that began the last forward is still in it; Ctrl-C leaves one without its hooks."""
+        frame = None if self._running is None else sys._current_frames().get(self._running)
+        while frame is not None:
+            if frame.f_locals.get("self") is self.base:
+                return True
+            frame = frame.f_back
+        return False
 
     def _prompt(
         self, cache: Cache | None, seen: int, batch: int, length: int, mask: torch.Tensor | None, tokens: torch.Tensor
@@ -265,6 +282,8 @@ class Engine(Guarded):
 
     @torch.compiler.disable
     def _end(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._running != threading.get_ident():
+            return  # a forward that was refused while another thread's goes on
         now, self.current, self._running = self.current, None, None
         if now is None or output is None:  # no output: the forward raised
             return

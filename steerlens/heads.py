@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,15 +62,12 @@ class Heads:
         for key, value in spec.items():
             if isinstance(key, bool) or not re.fullmatch(r"-?\d+", str(key)) or int(str(key)) < 0:
                 raise HeadError(f"heads: layer {key!r} is not an index >= 0; allowed: {_GRAMMAR}")
-            if value in ("*", "all"):
+            if isinstance(value, str) and value in ("*", "all"):
                 table[int(str(key))] = None
                 continue
             if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
                 raise HeadError(f"heads: layer {key}: {value!r} is neither a list of query heads nor '*'")
-            heads = list(value)
-            for head in heads:
-                if isinstance(head, bool) or not isinstance(head, int) or head < 0:
-                    raise HeadError(f"heads: layer {key}: head {head!r} is not an index >= 0")
+            heads = [_index(head, key) for head in value]
             if heads:
                 table[int(str(key))] = tuple(sorted(set(heads)))
         return cls(tuple(sorted(table.items(), key=lambda item: item[0])))
@@ -158,6 +156,16 @@ def rank(scores: Mapping[str, object], source: str = "scores") -> list[tuple[int
             raise HeadError(f"heads: {source}: {key!r}: {value!r} is not '\"layer-head\": score or [scores]'")
         means.append((-sum(values) / len(values), int(found[1]), int(found[2])))
     return [(layer, head) for _, layer, head in sorted(means)]
+
+
+def _index(head: Any, layer: Any) -> int:
+    try:
+        index = -1 if isinstance(head, bool) else operator.index(head)
+    except TypeError:
+        index = -1
+    if index < 0:
+        raise HeadError(f"heads: layer {layer}: head {head!r} is not an index >= 0")
+    return index
 
 
 def _indices(text: str, spec: str) -> list[int]:

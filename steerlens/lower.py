@@ -59,7 +59,23 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lower
             lowered = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)
             now.memo[key] = lowered
         (cuts if isinstance(edit, Ablate) else moves).append(lowered)  # type: ignore[arg-type]
-    return moves + cuts
+    return moves + _latest(cuts)
+
+
+def _latest(cuts: list[Lowered]) -> list[Lowered]:
+    """Ablations that do not overlap: the later one wins."""
+    if len(cuts) < 2:
+        return cuts
+    found: list[Lowered] = []
+    taken: torch.Tensor | None = None
+    for cut in reversed(cuts):
+        assert isinstance(cut, Cut)
+        where = cut.outputs
+        if taken is not None:
+            cut = Cut(where & ~taken, cut.uniform)
+        taken = where if taken is None else taken | where
+        found.append(cut)
+    return found
 
 
 def _batch(item: Placed, now: Pass) -> torch.Tensor | None:
@@ -96,8 +112,8 @@ def _keys(item: Placed, edit: Reweight, now: Pass, length: int, start: int) -> t
 
 def _cut(item: Placed, now: Pass, heads: int) -> Cut:
     assert isinstance(item.edit, Ablate)
-    mask = _head_mask(item.edit.heads, heads, now.prompt.first.device)
-    return Cut(mask, item.edit.mode == "uniform", _rows(item, now))
+    mask, rows = _head_mask(item.edit.heads, heads, now.prompt.first.device)[None, :, None], _rows(item, now)
+    return Cut(mask if rows is None else mask & rows[:, None], item.edit.mode == "uniform")
 
 
 def _bias(item: Placed, now: Pass, length: int, start: int, heads: int) -> Bias:

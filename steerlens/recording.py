@@ -87,6 +87,7 @@ class Record:
         self._engine = Engine.of(self._engine.base)
         if self in self._engine.records:
             raise SteeringStateError("this capture is on already: open another one")
+        self._engine.claim()
         self._engine.records.append(self)
         try:
             self._engine.update()

@@ -412,3 +412,100 @@ def test_a_cache_cropped_into_its_prompt_starts_another(model_of, prompts):
         cache.crop(-8)
         again = model(ids[:, 12:], past_key_values=cache).logits
         assert apart(again, model(ids).logits[:, 12:]) < 1e-5
+
+
+ROWS = {
+    "same keys": [ZeroTuning(4.0), ZeroTuning(0.2), None],
+    "act": [ACT(0.0, 0.08), None, ACT(0.0, 0.08)],
+    "act, each its own": [None, ACT(0.0, 0.08), ACT(0.5, 0.2)],
+    "headmask": [HeadMask({0: "*"}, phase="decode"), None, HeadMask({0: "*"}, phase="decode")],
+    "pasta": [PASTA(0.05), PASTA(0.05), None],
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_rows_that_share_keys_or_methods(rows, backend, model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    together = torch.stack(generate(model, PerRow(rows), SPANS["left"], ids, mask, backend=backend).logits)
+    plain = torch.stack(generate(model, (), None, ids, mask).logits)
+    for row, method in enumerate(rows):
+        alone = torch.stack(generate(model, [method] if method else [], SPANS["left"], ids, mask).logits)
+        assert apart(together[:, row], alone[:, row]) < 1e-4
+        assert (apart(alone[:, row], plain[:, row]) > 1e-3) == (method is not None)
+
+
+@pytest.mark.parametrize("heads", [(0, 5, 6), (2, 3, 7), (1, 4, 5, 6)])
+@pytest.mark.parametrize("more", [(), (ZeroTuning(2.0),)], ids=["last", "followed"])
+def test_uneven_heads_of_several_groups(heads, more):
+    """Heads per key/value group that do not fill the rectangle."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 24, 8) for h in (8, 2, 2))
+    facts = ModelFacts("x", "llama", 1, (8,), (2,))
+    found = []
+    for backend in ("sdpa", "reference"):
+        now = Pass(Prompt.start(24, None, 2, q.device), 0, 24, None, True, {0: (24, 0)})
+        call = Call(3 * q, k, v, None, 8**-0.5, None, 0, None, True)
+        plans = [e for m in (ACT(0.0, 0.1, heads={0: heads}), *more) for e in m.plan(facts, None)[0]]
+        call.edits = lower([Placed(e, None, i, None) for i, e in enumerate(plans)], now, 0, 8)
+        found.append(backends.attention(backend, call))
+    assert apart(*found) < 1e-5
+
+
+def test_rows_after_a_crop_are_rows_of_the_new_prompt(model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    with torch.no_grad(), steerlens.steer(model, HeadMask({0: "*", 2: "*"}, phase="decode")):
+        cache = model(ids).past_key_values
+        cache.crop(-10)
+        again = model(ids[:, 10:15], past_key_values=cache).logits
+        assert apart(again, model(ids[:, :15]).logits[:, 10:]) < 1e-5
+
+
+def test_another_generate_on_an_old_cache_has_its_own_prompt(prompts):
+    """In one layer the old keys do not depend on the steering, so the cache changes nothing."""
+    model, (ids, mask) = build("llama-gqa", num_hidden_layers=1), prompts("left")
+    one = generate(model, PASTA(0.05), SPANS["left"], ids, mask)
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options["attention_mask"] = torch.nn.functional.pad(mask, (0, 6), value=1)
+    with steerlens.steer(model, PASTA(0.05), SPANS["left"]):
+        fresh = model.generate(one.sequences, **options)
+    with steerlens.steer(model, PASTA(0.05), SPANS["left"]):
+        first = model.generate(ids, **options | {"attention_mask": mask, "max_new_tokens": 6})
+        again = model.generate(one.sequences, past_key_values=first.past_key_values, **options)
+    assert apart(torch.stack(again.logits), torch.stack(fresh.logits)) < 1e-4
+
+
+@pytest.mark.parametrize("head", [0, 3, 4])
+def test_sinks_that_a_window_has_left_behind(head, prompts):
+    """A cache that keeps every key of a windowed layer: what the mask hides is no sink any more."""
+    model, (ids, _) = build("mistral", num_hidden_layers=1), prompts(None, lengths=(20,))
+    found = []
+    for backend in ("auto", "reference"):
+        with torch.no_grad(), steerlens.steer(model, ACT(0.0, 0.06, heads={0: [head]}), backend=backend):
+            cache, parts = DynamicCache(), []
+            model(ids, past_key_values=cache)
+            for column in range(6):
+                parts.append(model(ids[:, column : column + 1], past_key_values=cache).logits)
+        found.append(torch.cat(parts, 1))
+    assert apart(*found) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [HeadMask({0: [1, 2]}, mode="zero"), HeadMask({0: [2, 3]})],
+        [HeadMask({0: [1, 2]}), HeadMask({0: [2, 3]}, mode="zero", phase="decode")],
+        [ACT(0.0, 0.02), ACT(0.3, 0.05)],
+        [ACT(0.3, 0.05), ACT(0.0, 0.02, spare="first_sink")],
+        [ACT(0.5, 0.05), ZeroTuning(2.0), ACT(0.0, 0.02)],
+    ],
+    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0"],
+)
+def test_methods_that_overlap(methods, model_of, prompts):
+    """Later ablations win; two row-dependent laws run one after the other."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    one, two = (generate(model, methods, None, ids, mask, backend=b) for b in ("auto", "reference"))
+    assert apart(torch.stack(one.logits), torch.stack(two.logits)) < 1e-4
+    got, expected = (logits(model, ids, mask, methods, backend=b) for b in ("auto", "reference"))
+    assert apart(got, expected, mask) < 1e-4
+    assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3

@@ -1,6 +1,7 @@
 """The numbers of methods/core.md §0-3 and methods/heads.md §1, through every backend."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from steerlens import backends
 from steerlens.backends import sdpa
 from steerlens.backends.call import Bias, Call, Cut, KeepMass
-from steerlens.edits import Keep, Sinks
+from steerlens.edits import FirstToken, Keep, Reweight, Scale, Sinks
 from steerlens.facts import ModelFacts
 from steerlens.lower import Placed, lower
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
@@ -173,6 +174,12 @@ class TestPASTA:
             )
             close(one, two.tolist())
 
+    @pytest.mark.parametrize("alpha", [1e-300, 1e-40])
+    def test_rows_before_the_span_stay_however_small_alpha_is(self, backend, alpha):
+        rows = TestACT.ROWS
+        got, base = (attend(rows, m, backend, spans=[[(3, 4)]]) for m in (PASTA(alpha), None))
+        close(got[:3], base[:3].tolist(), 1e-4)
+
     def test_rows_before_the_span_stay(self, backend):
         rows = TestACT.ROWS
         got, base = (attend(rows, m, backend, spans=[[(3, 4)]]) for m in (PASTA(0.01), None))
@@ -254,3 +261,80 @@ def test_plans_name_what_the_oracles_use():
         )[0],
         Cut,
     )
+
+
+def planned(*edits):
+    """A method of exactly these edits."""
+    return SimpleNamespace(plan=lambda facts, spans: {0: list(edits)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_edit_sees_the_weights_that_the_one_before_left(backend):
+    first = [m.plan(FACTS, None)[0][0] for m in (ZeroTuning(0.2), ACT(0.4, 0.1))]
+    found = []
+    for one, two in (first, first[::-1]):
+        after = attend(TestACT.ROWS, planned(one), backend).clamp(min=1e-30).log().tolist()
+        expected = attend(after, planned(two), backend)
+        close(attend(TestACT.ROWS, planned(one, two), backend), expected.tolist())
+        found.append(expected)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keep_nothing_before_another_edit(backend):
+    """β = 0 leaves exact zeros, whatever comes after it."""
+    edits = [ACT(0.0, 0.1).plan(FACTS, None)[0][0], ZeroTuning(2.0).plan(FACTS, None)[0][0]]
+    got = attend(TestACT.ROWS, planned(*edits), backend)
+    assert got[1:, 1].abs().max() < 1e-6 and got[2:, 2].abs().max() < 1e-6
+    close(got[4], (10 / 12.5, 0, 0, 1.5 / 12.5, 1 / 12.5), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("phase", "moved"), [("decode", [4]), ("prefill", [0, 1, 2, 3])])
+def test_the_phase_of_a_static_law(backend, phase, moved):
+    edit = Reweight((0,), FirstToken(), Scale(math.log(0.2)), phase)
+    got, base, all_rows = (attend(TestACT.ROWS, m, backend) for m in (planned(edit), None, ZeroTuning(0.2)))
+    close(got, [(all_rows if row in moved else base)[row].tolist() for row in range(5)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decode_row_that_is_all_sink(backend):
+    """ψ → 1: o_N must not come from a difference that cancels."""
+    prompt = Prompt.start(5, None, 1, torch.device("cpu"))
+    attend(TestACT.ROWS, ACT(0.4, 0.1), backend, prompt=prompt)
+    got = attend([[-14.0, 6.0, 2.0, -12.0, -13.0, -14.0]], ACT(0.4, 0.1), backend, prompt=prompt, seen=5)[0]
+    inside, outside = (torch.tensor(x).softmax(-1) for x in ((6.0, 2.0), (-14.0, -12.0, -13.0, -14.0)))
+    close(got[[1, 2]], (0.4 * inside).tolist(), 1e-5)
+    close(got[[0, 3, 4, 5]], (0.6 * outside).tolist(), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pads_are_no_keys_that_mass_could_go_to(backend):
+    """Every real key is in S: the rows stay, although S leaves out the pads."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 20, 8) for _ in range(3))
+    real = (torch.arange(20) >= 4)[None]
+    found = []
+    for edits in ([KeepMass([0], 0.0, lambda sums: real[:, None], None)], []):
+        call = Call(q, k, v, None, 1.0, None, 0, real, True, edits)
+        call.mask = call.visible(slice(None)) & real[:, None, None]
+        found.append(compute(backend, call)[:, :, 4:])
+    close(found[0], found[1].tolist())
+
+
+def test_split_stays_finite_and_adds_up():
+    values = torch.tensor([1e6, -1e6, math.pi, -1000 / 0.0625])
+    for dtype in (torch.float16, torch.bfloat16):
+        high, low = sdpa.split(values, dtype)
+        assert high.isfinite().all() and low.isfinite().all()
+        assert high[2].float() + low[2].float() == pytest.approx(math.pi, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_spared_one_where_the_first_token_is_no_sink(backend):
+    rows = [[1], [0.05, 0.95], [0.05, 0.9, 0.05], [0.05, 0.8, 0.1, 0.05]]
+    x = [[math.log(a) for a in row] + [-50.0] * (4 - len(row)) for row in rows]
+    base = attend(x, None, backend)
+    close(attend(x, ACT(0.5, 0.4, spare="first_sink"), backend), base.tolist())
+    got = attend(x, ACT(0.5, 0.4), backend)
+    close(got[1:, 1], (0.5 * base[1:, 1]).tolist())

@@ -5,7 +5,7 @@ import torch
 
 import steerlens
 from steerlens.errors import SpanError, SteeringStateError
-from steerlens.methods import ACT, ZeroTuning
+from steerlens.methods import ACT, HeadMask, ZeroTuning
 from steerlens.spans import Spans
 
 SPANS = Spans.of({"emphasis": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]], "query": [[(17, 20)]] * 3})
@@ -128,3 +128,22 @@ def test_bad_requests(model_of, prompts):
         steerlens.capture(model, rows="first")
     with steerlens.capture(model, spans=SPANS), pytest.raises(SpanError, match="3 prompt rows"):
         model(prompts()[0][:2])
+
+
+def test_ties_and_keys_that_no_row_saw(model_of, prompts):
+    """A uniform head attends to all it sees alike: the lowest column counts. What no captured row sees has no mean."""
+    model, (ids, mask) = model_of("mistral"), prompts("left")
+    with steerlens.steer(model, HeadMask({0: "*"})), steerlens.capture(model, rows="last", heads={0: [2]}) as record:
+        model(ids, attention_mask=mask)
+    assert record[0].argmax.tolist() == [[[8]]] * 3  # the window of 12 ends at column 19
+    assert record[0].column_mean[:, 0, :8].isnan().all()
+    assert (record[0].column_mean[:, 0, 8:] - 1 / 12).abs().max() < 1e-6
+
+
+def test_pads_stay_pads_when_the_mask_is_left_out_later(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    with torch.no_grad(), steerlens.capture(model, stats=["column_mean"]) as record:
+        cache = model(ids, attention_mask=mask).past_key_values
+        model(ids[:, -1:], past_key_values=cache)
+    real = torch.nn.functional.pad(mask, (0, 1), value=1).bool()
+    assert torch.equal(record[0].column_mean.isnan().all(1), ~real)

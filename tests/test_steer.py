@@ -3,7 +3,7 @@
 import copy
 import pickle
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -78,6 +78,21 @@ class TestRestoring:
             hook.remove()
             assert torch.equal(run(model, ids), steered)
         assert fingerprint(model) == before and torch.equal(run(model, ids), base)
+
+    def test_neutral_steering_routes_nothing(self, model):
+        before = fingerprint(model)
+        with steerlens.steer(model, [ZeroTuning(1.0), ACT(1.0)]):
+            assert fingerprint(model) == before
+
+    def test_detached_state_is_forgotten(self, model, prompts):
+        """Sinks found in one stretch of steering are not those of the next, though the cache goes on."""
+        ids, _ = prompts()
+        steered = steerlens.steer(model, ACT(0.3, 0.08))
+        with torch.no_grad(), steerlens.steer(model, HeadMask({0: [1]})):
+            with steered:
+                cache = model(ids).past_key_values
+            with steered, pytest.raises(UnsupportedError, match="whole prompt"):
+                model(ids[:, :1], past_key_values=cache)
 
     def test_contexts_left_in_any_order(self, model, prompts):
         ids, _ = prompts()
@@ -173,6 +188,36 @@ class TestComposition:
         with steerlens.steer(model, [mask, STRONG]):
             assert torch.equal(run(model, ids), alone)
 
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_a_uniform_head_stays_uniform_wherever_it_stands(self, model, prompts, backend):
+        ids, _ = prompts()
+        mask = HeadMask({0: "*", 1: "*", 2: "*"})
+        with steerlens.steer(model, mask, backend=backend):
+            alone = run(model, ids)
+        for methods in ([mask, STRONG], [STRONG, mask], [mask, ACT(0.0, 0.05)]):
+            with steerlens.steer(model, methods, backend=backend):
+                assert (run(model, ids) - alone).abs().max() < 1e-4
+
+    def test_the_outer_context_comes_first(self, model, prompts):
+        ids, _ = prompts()
+        sinks = ACT(0.0, 0.1)
+        found = []
+        for methods in ([STRONG, sinks], [sinks, STRONG]):
+            with steerlens.steer(model, methods):
+                found.append(run(model, ids))
+            with steerlens.steer(model, methods[0]), steerlens.steer(model, methods[1]):
+                assert torch.equal(run(model, ids), found[-1])
+        assert (found[0] - found[1]).abs().max() > 1e-2
+
+    def test_contexts_with_spans_of_their_own(self, model, prompts):
+        """Outside one span, then outside the other: what `sections="published"` does with both."""
+        ids, _ = prompts()
+        one, two = [[(4, 7)]] * 3, [[(9, 11)]] * 3
+        with steerlens.steer(model, PASTA(0.2), one), steerlens.steer(model, PASTA(0.2), two):
+            nested = run(model, ids)
+        with steerlens.steer(model, PASTA(0.2, sections="published"), [[(4, 7), (9, 11)]] * 3):
+            assert (run(model, ids) - nested).abs().max() < 1e-4
+
     def test_two_backends_on_one_model(self, model):
         with steerlens.steer(model, STRONG, backend="reference"):
             with pytest.raises(SteeringStateError, match="different backends"):
@@ -211,6 +256,45 @@ class TestSafety:
             thread.join()
         assert caught and "another thread" in caught[0]
 
+    def test_ctrl_c_in_a_forward_frees_the_model_for_other_threads(self, model, prompts):
+        ids, _ = prompts()
+
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        with steerlens.steer(model, STRONG):
+            hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids)
+            hook.remove()
+            outputs = []
+            thread = threading.Thread(target=lambda: outputs.append(run(model, ids)))
+            thread.start()
+            thread.join()
+            assert torch.equal(outputs[0], run(model, ids))
+
+    def test_two_threads_at_once(self, model, prompts):
+        ids, _ = prompts()
+        caught = []
+
+        def second(*args):
+            def other():
+                with pytest.raises(SteeringStateError, match="two threads") as error:
+                    model(ids)
+                caught.append(error)
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+        with steerlens.steer(model, STRONG):
+            hook = model.model.layers[1].register_forward_pre_hook(second)
+            try:
+                model(ids)
+            finally:
+                hook.remove()
+        assert caught
+
     def test_generate_in_another_thread_is_steered(self, model, prompts):
         ids, _ = prompts(None, lengths=(9,))
 
@@ -228,6 +312,45 @@ class TestSafety:
             thread.join()
         assert text.split() == [str(t) for t in expected]
         assert model.generate(ids, max_new_tokens=5, do_sample=False)[0, 9:].tolist() != expected
+
+    def test_attached_twice(self, model):
+        with steerlens.steer(model, STRONG) as steered, pytest.raises(SteeringStateError, match="attached already"):
+            steered.attach()
+
+    def test_a_layer_outside_its_decoder(self, model):
+        x, cos = torch.zeros(1, 4, 64), torch.zeros(1, 4, 8)
+        with steerlens.steer(model, STRONG), pytest.raises(SteeringStateError, match="outside a forward"):
+            model.model.layers[0].self_attn(x, position_embeddings=(cos, cos), attention_mask=None)
+
+    def test_attention_that_is_not_causal_is_refused(self, model, prompts):
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="is_causal"):
+            model(prompts()[0], is_causal=False)
+
+    def test_other_heads_than_the_config_says(self, model, prompts):
+        """As under tensor parallelism."""
+        with steerlens.steer(model, STRONG) as steered:
+            steered._engine.facts = replace(steered._engine.facts, heads=(16,) * 3)
+            with pytest.raises(UnsupportedError, match="8 query heads"):
+                model(prompts()[0])
+
+    def test_rows_of_spans_and_methods_must_agree(self, model):
+        with pytest.raises(SpanError, match="disagree"):
+            steerlens.steer(model, PerRow([STRONG, None]), [[(1, 2)]] * 3)
+
+    def test_facts(self, model_of):
+        from steerlens import facts
+
+        found = facts.read(model_of("llama-gqa").config)
+        assert (found.layers, found.heads, found.kv_heads) == (3, (8,) * 3, (2,) * 3)
+        assert facts.read(model_of("gpt2").config).kv_heads == (8,) * 3
+
+    def test_cross_attention_is_refused(self):
+        from transformers import GPT2Config
+
+        from steerlens import facts
+
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            facts.read(GPT2Config(add_cross_attention=True))
 
     def test_a_layer_that_is_never_called(self):
         model = build("llama-gqa")
@@ -345,6 +468,30 @@ class TestSpans:
                 with pytest.raises(SpanError, match="row 1"):
                     call()
 
+    def test_fingerprint_is_not_that_of_a_continuation(self, model, prompts):
+        """A cache filled unsteered: its prompt is not seen any more, so nothing is there to check."""
+        ids, _ = prompts()
+        spans = steerlens.Spans({"emphasis": (((9, 12),),) * 3}, steerlens.spans.digests(ids, None))
+        with torch.no_grad():
+            cache = model(ids).past_key_values
+            with steerlens.steer(model, PASTA(), spans):
+                model(ids[:, :1], past_key_values=cache)
+
+    def test_fingerprint_covers_the_padding(self, model, prompts):
+        ids, mask = prompts("left")
+        spans = steerlens.Spans({"emphasis": (((9, 12),),) * 3}, steerlens.spans.digests(ids, mask))
+        with steerlens.steer(model, PASTA(), spans), pytest.raises(SpanError, match="row 1"):
+            model(ids)
+
+    def test_beams_of_the_generation_config(self, model, prompts):
+        ids, mask = prompts("left")
+        config = copy.deepcopy(model.generation_config)
+        config.update(num_beams=2, max_new_tokens=3, do_sample=False)
+        with steerlens.steer(model, PASTA(0.1), [[(9, 12)]] * 3):
+            got = model.generate(ids, attention_mask=mask, generation_config=config)
+            expected = model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=3, do_sample=False)
+        assert torch.equal(got, expected)
+
     def test_methods_without_spans_ignore_them(self, model, prompts):
         ids, _ = prompts()
         with steerlens.steer(model, STRONG):
@@ -424,6 +571,14 @@ class TestReport:
         assert inside == {layer: {"calls": 4, "rows": 3 * (20 + 3)} for layer in (0, 2)}
         model(ids)
         assert steered.report() == inside
+
+    def test_counts_begin_at_attach(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, HeadMask({0: [1]})):
+            model(ids)
+            with steerlens.steer(model, STRONG) as steered:
+                model(ids[:2])
+        assert steered.report() == {layer: {"calls": 1, "rows": 40} for layer in range(3)}
 
     @pytest.mark.parametrize("method", [STRONG, ACT(0.3, 0.08)], ids=["zerotuning", "act"])
     def test_mass(self, model, prompts, method):
@@ -553,7 +708,7 @@ class TestMethods:
 
         facts = ModelFacts("m", "llama", 3, (4,) * 3, (2,) * 3)
         scores = tmp_path / "scores.json"
-        scores.write_text('{"0-1": [0.5, 0.7], "2-3": 0.9, "1-0": [0.1], "1-2": 0.6}')
+        scores.write_text('{"0-1": [0.5, 0.7], "2-3": 0.9, "1-0": [0.95, 0.1], "1-2": 0.6}')
         lists = tmp_path / "lists.json"
         lists.write_text('{"1": [3, 0]}')
         for spec, expected in [
@@ -564,6 +719,7 @@ class TestMethods:
             ("*:1", {0: (1,), 1: (1,), 2: (1,)}),
             (f"{scores}:top3", {0: (1,), 1: (2,), 2: (3,)}),
             (str(lists), {1: (0, 3)}),
+            ({1: torch.tensor([3, 0])}, {1: (0, 3)}),
             ({}, {}),
             ("", {}),
         ]:

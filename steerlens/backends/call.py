@@ -62,18 +62,11 @@ class Cut:
     """Replaces head outputs by the mean of V over the visible keys (`uniform`) or by zeros.
 
     Attributes:
-        heads: bool [H].
-        rows: bool [B, Tq]; `None` for all.
+        outputs: which, bool [B or 1, H, Tq or 1].
     """
 
-    heads: torch.Tensor
+    outputs: torch.Tensor
     uniform: bool
-    rows: torch.Tensor | None
-
-    def where(self) -> torch.Tensor:
-        """The outputs replaced, bool [B or 1, H, Tq or 1]."""
-        rows = self.heads.new_ones(1, 1) if self.rows is None else self.rows
-        return self.heads[None, :, None] & rows[:, None, :]
 
 
 Lowered = Bias | KeepMass | Cut

@@ -47,8 +47,8 @@ def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | N
             visible = call.visible(rows).to(a.dtype)
             visible = visible if visible.shape[1] == 1 else visible[:, wanted]
             flat = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-            where = edit.where()[:, wanted]
-            where = where if edit.rows is None else where[..., rows]
+            where = edit.outputs[:, wanted]
+            where = where if where.shape[-1] == 1 else where[..., rows]
             a = torch.where(where[..., None], flat if edit.uniform else torch.zeros_like(flat), a)
     return a
 
@@ -123,7 +123,8 @@ def _scale(a: torch.Tensor, edit: Bias, rows: slice, heads: list[int]) -> torch.
     factor = torch.where(edit.keys[:, None, None], (u - u.clamp(min=0)).exp(), (-u.clamp(min=0)).exp())
     scaled = a * factor
     total = scaled.sum(-1, keepdim=True)
-    return torch.where(u == 0, a, scaled / torch.where(total > 0, total, 1))
+    # No weight left in fp32: the row sees scaled keys alone, whose ratios stay.
+    return torch.where((u == 0) | (total == 0), a, scaled / torch.where(total > 0, total, 1))
 
 
 def _keep(a: torch.Tensor, kept: Kept, rows: slice, heads: list[int]) -> torch.Tensor:

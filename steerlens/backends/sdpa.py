@@ -72,16 +72,16 @@ def attention(call: Call) -> torch.Tensor:
         # A zero query attends to all visible keys alike: the mean of V, whatever the mask.
         for cut in cuts:
             if cut.uniform and not _biased(call):
-                query = query * ~cut.where()[..., None]
+                query = query * ~cut.outputs[..., None]
     whole = Inputs(query, call.key, call.value)
     output: torch.Tensor | None = None
     for number, edit in enumerate(moves):
         if isinstance(edit, Bias):
             weights = edit.weights
             for cut in cuts if static else ():
-                weights = weights * ~cut.where()
+                weights = weights * ~cut.outputs
             terms.append(Term(weights, edit.keys[:, None], None if static and cuts else edit))
-        elif number == len(moves) - 1:
+        elif number == len(moves) - 1 and all(isinstance(m, Bias) for m in moves[:number]):
             output = _keep(call, whole, terms, edit)
         else:
             terms += _keep_as_bias(call, whole, terms, edit)
@@ -89,9 +89,9 @@ def attention(call: Call) -> torch.Tensor:
         output = fused(call, whole, terms)
     for cut in cuts:
         if not cut.uniform:
-            output = output * ~cut.where()[..., None]
+            output = output * ~cut.outputs[..., None]
         elif not static or _biased(call):
-            output = torch.where(cut.where()[..., None], _uniform(call), output)
+            output = torch.where(cut.outputs[..., None], _uniform(call), output)
     return output
 
 
