@@ -10,7 +10,8 @@ from small_models import FAMILIES, build
 from transformers import DynamicCache, StaticCache
 
 import steerlens
-from steerlens import backends
+from steerlens import backends, engine
+from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, PromptKeys, Reweight, Scale
 from steerlens.errors import UnsupportedError
@@ -509,3 +510,49 @@ def test_methods_that_overlap(methods, model_of, prompts):
     got, expected = (logits(model, ids, mask, methods, backend=b) for b in ("auto", "reference"))
     assert apart(got, expected, mask) < 1e-4
     assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3
+
+
+def test_visibility_from_columns():
+    """For kernels that are told the padding and the window instead of a mask."""
+    real = torch.tensor([[False, True, True, True, True]])
+    seen = engine._from_columns(torch.zeros(1, 1, 2, 4), 5, 3, real, 3)
+    assert seen.int().tolist() == [[[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
+    assert engine._from_columns(torch.zeros(1, 1, 2, 4), 5, 3, None, None).sum().item() == 9
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_users_biases_are_those_of_the_native_model(backend, model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    bias = torch.where(distance >= 0, -0.3 * distance.float(), torch.finfo(torch.float32).min).expand(3, 1, 20, 20)
+    native = logits(model, ids, bias)
+    assert apart(logits(model, ids, bias, Identity(), backend=backend), native) < 1e-5
+    assert apart(logits(model, ids, None), native) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_column_sums_in_sixteen_bit(dtype):
+    """Sums from the transposed kernel keep the digits that fp32 weights of the same inputs have."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 200, 64).to(dtype) for h in (4, 2, 2))
+    k[:, :, 5, 0], q[..., 0] = 12, 6
+    call = Call(4 * q, k, v, None, 64**-0.5, None, 0, None, True)
+    lse = sdpa._run(call, sdpa.Inputs(call.query, k, v), [], want_lse=True)[1]
+    rows, heads = torch.ones(1, 200, dtype=torch.bool), [0, 1, 3]
+    chosen = sdpa.Selection(call, heads)
+    got = sdpa._summer(call, sdpa.Inputs(call.query, k, v), [], chosen, lse)(rows)
+    expected = reference.summer(call, [], heads)(rows)
+    assert torch.equal(got[1], expected[1]) and apart(got[0], expected[0]) < 2e-3
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize(
+    "method", [ACT(0.0, 1.5, "relative"), HeadMask({0: "*", 2: "*"}, phase="decode")], ids=["relative", "decode"]
+)
+def test_prompt_lengths_and_relative_thresholds_count_real_tokens(method, side, model_of, prompts):
+    model, (ids, mask), lengths = model_of("llama-gqa"), prompts(side), (15, 9, 12)
+    together = logits(model, ids, mask if side else None, method, prompt_lengths=lengths)
+    for row, length in enumerate(lengths):
+        pads = int((1 - mask[row]).sum()) if side else 0
+        alone = logits(model, ids[row : row + 1, pads:], None, method, prompt_lengths=length)
+        assert apart(together[row, pads:], alone[0]) < 1e-4

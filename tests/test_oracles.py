@@ -338,3 +338,12 @@ def test_the_spared_one_where_the_first_token_is_no_sink(backend):
     close(attend(x, ACT(0.5, 0.4, spare="first_sink"), backend), base.tolist())
     got = attend(x, ACT(0.5, 0.4), backend)
     close(got[1:, 1], (0.5 * base[1:, 1]).tolist())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_act_leaves_alone_in_the_same_forward(backend):
+    """Prompt and continuation at once, `decode="off"`: the continuation's row stays."""
+    got = attend(TestACT.ROWS, ACT(0.4, 0.1, decode="off"), backend, width=4)
+    base, edited = (attend(TestACT.ROWS, m, backend, width=4) for m in (None, ACT(0.4, 0.1)))
+    close(got, [*edited[:4].tolist(), base[4].tolist()])
+    assert (edited[4] - base[4]).abs().max() > 0.1

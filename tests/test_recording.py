@@ -147,3 +147,13 @@ def test_pads_stay_pads_when_the_mask_is_left_out_later(model_of, prompts):
         model(ids[:, -1:], past_key_values=cache)
     real = torch.nn.functional.pad(mask, (0, 1), value=1).bool()
     assert torch.equal(record[0].column_mean.isnan().all(1), ~real)
+
+
+def test_capture_alone_leaves_the_native_attention_on(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa", "eager"), prompts("left")
+    with torch.no_grad():
+        base = model(ids, attention_mask=mask, output_attentions=True)
+        with steerlens.capture(model, stats=["mass"]):
+            got = model(ids, attention_mask=mask, output_attentions=True)
+    assert torch.equal(got.logits, base.logits)
+    assert all(torch.equal(a, b) for a, b in zip(got.attentions, base.attentions, strict=True))

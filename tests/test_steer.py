@@ -322,6 +322,21 @@ class TestSafety:
         with steerlens.steer(model, STRONG), pytest.raises(SteeringStateError, match="outside a forward"):
             model.model.layers[0].self_attn(x, position_embeddings=(cos, cos), attention_mask=None)
 
+    def test_a_layer_after_a_forward_that_failed(self, model, prompts):
+        """What the failed forward was about is not taken for the next call."""
+
+        def fail(*args):
+            raise RuntimeError("stop")
+
+        x, cos = torch.zeros(3, 20, 64), torch.zeros(3, 20, 8)
+        hook = model.model.layers[1].register_forward_pre_hook(fail)
+        with steerlens.steer(model, STRONG):
+            with pytest.raises(RuntimeError, match="stop"):
+                model(prompts()[0])
+            hook.remove()
+            with pytest.raises(SteeringStateError, match="outside a forward"):
+                model.model.layers[0].self_attn(x, position_embeddings=(cos, cos), attention_mask=None)
+
     def test_attention_that_is_not_causal_is_refused(self, model, prompts):
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="is_causal"):
             model(prompts()[0], is_causal=False)
@@ -631,6 +646,24 @@ class TestKindsOfMethod:
             assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
             with pytest.raises(SteeringStateError, match="prepare"):
                 model(ids)
+
+    def test_spans_of_a_prompt_method_are_those_of_its_generate(self, model, prompts):
+        @dataclass(frozen=True)
+        class Shift(PromptMethod):
+            name: ClassVar[str] = "shift"
+
+            def prepare(self, inputs, spans):
+                return inputs, steerlens.Spans.of(
+                    [[(a + 4, b + 4) for a, b in row] for row in spans.groups["emphasis"]]
+                )
+
+        ids, _ = prompts()
+        options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with steerlens.steer(model, PASTA(0.05), [[(6, 9)]] * 3):
+            expected = model.generate(ids, **options).logits
+        with steerlens.steer(model, [Shift(), PASTA(0.05)], [[(2, 5)]] * 3):
+            for _ in range(2):
+                assert torch.equal(torch.stack(model.generate(ids, **options).logits), torch.stack(expected))
 
     def test_decoding_method(self, model, prompts):
         @dataclass(frozen=True)
