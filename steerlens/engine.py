@@ -8,11 +8,12 @@ so a `generate` that a streamer runs in another thread is steered too.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,17 @@ _UNDERSTOOD = {
     "return_dict",
     "num_items_in_batch",
 }
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a function out of compiled graphs, at no cost where nothing is being compiled."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call
 
 
 class Guarded:
@@ -195,7 +207,7 @@ class Engine(Guarded):
 
     # --- one forward -------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @outside_graphs
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running not in (None, threading.get_ident()) and self._busy():
             raise SteeringStateError(
@@ -280,7 +292,7 @@ class Engine(Guarded):
             if user.spans is not None and ids is not None and not ids.is_floating_point():
                 user.spans.check(ids, mask, longer=self.prompt_lengths is not None)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _end(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._running != threading.get_ident():
             return  # a forward that was refused while another thread's goes on
@@ -453,7 +465,7 @@ def _attention_modules(base: torch.nn.Module, layers: int) -> dict[int, torch.nn
     return found
 
 
-@torch.compiler.disable
+@outside_graphs
 def steered_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -37,13 +37,10 @@ SPANS = {
     "left": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]],
     "right": [[(9, 12)], [(4, 6), (11, 12)], [(8, 11)]],
 }
-SMALL_GRID = {("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gpt2", "sdpa")}
 
 
 GRID = [
-    pytest.param(
-        family, native, id=f"{family}-{native}", marks=[] if (family, native) in SMALL_GRID else [pytest.mark.full]
-    )
+    pytest.param(family, native, id=f"{family}-{native}")
     for family in FAMILIES
     for native in ("sdpa", "eager")
     if (family, native) != ("gemma2", "sdpa")  # transformers has no sdpa for soft-capped logits
@@ -556,3 +553,19 @@ def test_prompt_lengths_and_relative_thresholds_count_real_tokens(method, side, 
         pads = int((1 - mask[row]).sum()) if side else 0
         alone = logits(model, ids[row : row + 1, pads:], None, method, prompt_lengths=length)
         assert apart(together[row, pads:], alone[0]) < 1e-4
+
+
+def test_pads_amid_the_prompt_are_no_rows(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts(None)
+    mask[:, 6:9] = 0
+    with torch.no_grad(), steerlens.steer(model, ACT(0.0, 1.5, "relative")):
+        got = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        expected = model(ids[mask.bool()].view(3, 17)).logits
+    assert apart(got[mask.bool()].view_as(expected), expected) < 1e-4
+
+
+def test_chunks_of_a_prompt_whose_mask_transformers_infers(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    expected = generate(model, METHODS["pasta"], SPANS["left"], ids, mask)
+    got = generate(model, METHODS["pasta"], SPANS["left"], ids, None, prefill_chunk_size=7)
+    assert apart(torch.stack(got.logits), torch.stack(expected.logits)) < 1e-4

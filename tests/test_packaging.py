@@ -105,5 +105,7 @@ def test_wheel_runs_away_from_the_checkout(wheel, tmp_path):
         "import steerlens, steerlens.recipes, sys; from steerlens import load_recipe; r = load_recipe('pasta-tiny');"
         "print(steerlens.__file__, r.methods[0].name, steerlens.recipes.__path__[0])"
     )
+    for folder in (tmp_path, ROOT):
+        assert python(KERNELS, folder, PYTHONPATH=str(tmp_path)) == "False"
     file, method, recipes = python(code, tmp_path, "-P", PYTHONPATH=str(tmp_path)).split()
     assert file.startswith(str(tmp_path)) and recipes.startswith(str(tmp_path)) and method == "pasta"

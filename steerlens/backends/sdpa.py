@@ -72,7 +72,7 @@ def attention(call: Call) -> torch.Tensor:
         # A zero query attends to all visible keys alike: the mean of V, whatever the mask.
         for cut in cuts:
             if cut.uniform and not _biased(call):
-                query = query * ~cut.outputs[..., None]
+                query = query.masked_fill(cut.outputs[..., None], 0)
     whole = Inputs(query, call.key, call.value)
     output: torch.Tensor | None = None
     for number, edit in enumerate(moves):
