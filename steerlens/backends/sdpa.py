@@ -278,7 +278,6 @@ class Selection:
     def outside(self, keys: torch.Tensor) -> list[Term]:
         """Terms that hide `keys` [B, h, Tk], each from its own head of the rectangle."""
         B, _, Tk = keys.shape
-        table = keys.new_zeros(B, len(self.index), Tk)
         at = {head: i for i, head in enumerate(self.heads)}
         table = keys[:, [at[h] for h in self.index]].reshape(B, len(self.kv), self.width, Tk)
         own = torch.eye(self.width, device=keys.device).repeat(1, len(self.kv))
@@ -286,7 +285,7 @@ class Selection:
 
 
 def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch.Tensor:
-    """O' = β·o + (1-β)·o_N for the edit's heads, o for the others."""
+    """Mix o' = β·o + (1-β)·o_N for the edit's heads, o for the others."""
     output, lse = _run(call, whole, terms, want_lse=_has_lse(call))
     if call.query.shape[2] == 1 and lse is not None and not terms and (few := edit.few()) is not None:
         if few.index.shape[-1] == 0:
