@@ -68,7 +68,8 @@ class Steering:
         if hasattr(methods, "check") and hasattr(methods, "methods"):
             methods.check(facts)
         self.methods = _methods(methods)
-        self.spans = None if spans is None else Spans.of(spans)
+        given = None if spans is None else Spans.of(spans)
+        self.spans = given if any(map(_uses_spans, self.methods)) else None
         self.backend = backends.check(backend)
         if report not in (None, "mass"):
             raise ValueError(f"report={report!r} is unknown; allowed: None, 'mass'")
@@ -255,6 +256,12 @@ def _methods(methods: Any) -> list[Method]:
     if sum(isinstance(m, DecodingMethod) for m in found) > 1:
         raise MethodError("two decoding methods cannot own one generate; steer with one of them")
     return found
+
+
+def _uses_spans(method: Method) -> bool:
+    if isinstance(method, PerRow):
+        return any(m is not None and m.needs for m in method.methods)
+    return bool(method.needs) or not isinstance(method, EditMethod)
 
 
 def unwrap(model: Any) -> Any:

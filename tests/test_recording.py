@@ -1,5 +1,7 @@
 """`steerlens.capture` against weights written out in full."""
 
+import threading
+
 import pytest
 import torch
 
@@ -118,6 +120,25 @@ def test_one_record_one_batch(model_of, prompts):
             model(ids[:2])
         with pytest.raises(SteeringStateError, match="on already"), record:
             pass
+
+
+def test_capture_is_as_careful_as_steer(model_of, prompts):
+    model, caught = model_of("llama-gqa"), []
+
+    def attach():
+        with pytest.raises(SteeringStateError, match="another thread") as error:
+            steerlens.steer(model, ZeroTuning(2.0)).attach()
+        caught.append(error)
+
+    with steerlens.capture(model):
+        thread = threading.Thread(target=attach)
+        thread.start()
+        thread.join()
+        with pytest.raises(SteeringStateError, match=r"steerlens\.capture"):
+            model.set_attn_implementation("eager")
+    assert caught
+    with steerlens.capture(model, [[(1, 2)]]), pytest.raises(SpanError, match="1 prompt rows"):
+        model(prompts()[0])
 
 
 def test_bad_requests(model_of, prompts):

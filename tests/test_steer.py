@@ -350,7 +350,7 @@ class TestSafety:
 
     def test_rows_of_spans_and_methods_must_agree(self, model):
         with pytest.raises(SpanError, match="disagree"):
-            steerlens.steer(model, PerRow([STRONG, None]), [[(1, 2)]] * 3)
+            steerlens.steer(model, PerRow([PASTA(), None]), [[(1, 2)]] * 3)
 
     def test_facts(self, model_of):
         from steerlens import facts
@@ -511,8 +511,11 @@ class TestSpans:
         ids, _ = prompts()
         with steerlens.steer(model, STRONG):
             expected = run(model, ids)
-        with steerlens.steer(model, STRONG, [[(1, 2)]] * 3):
-            assert torch.equal(run(model, ids), expected)
+        other = steerlens.Spans({"emphasis": (((1, 2),),)}, ("9:0",))
+        for spans in ([[(1, 2)]] * 3, [[(1, 2)]], other):
+            for method in (STRONG, PerRow([STRONG] * 3)):
+                with steerlens.steer(model, method, spans):
+                    assert torch.equal(run(model, ids), expected)
 
     def test_a_row_without_sections_is_not_steered(self, model, prompts):
         ids, _ = prompts()

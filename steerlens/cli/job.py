@@ -68,23 +68,28 @@ class Job:
         done = results.done if results else {}
         session = self.session() if len(done) < len(rows) else None
         kept: list[dict[str, Any]] = []
-        with show.progress(len(rows), len(done)) as advance:
-            # a batch that was written in part runs again whole: the same padding, the same random numbers
-            for number in range(0, len(rows), batch_size):
-                batch = rows[number : number + batch_size]
-                missing = [row for row in batch if row.index not in done]
-                if not missing or session is None:
-                    continue
-                answers = session.answer(batch, compare=self.compare, seed_offset=number // batch_size)
-                if results:
-                    results.add(answers)
-                elif self.as_json:
-                    kept += [answer.to_dict() for answer in answers]
-                else:
-                    typer.echo("\n".join(jsonl.record(answer) for answer in answers))
-                done |= {answer.row.index: answer.error is not None for answer in answers}
-                advance(len(missing))
-                guard.check_stop()
+        try:
+            with show.progress(len(rows), len(done)) as advance:
+                # a batch that was written in part runs again whole: the same padding, the same random numbers
+                for number in range(0, len(rows), batch_size):
+                    batch = rows[number : number + batch_size]
+                    missing = [row for row in batch if row.index not in done]
+                    if not missing or session is None:
+                        continue
+                    answers = session.answer(batch, compare=self.compare, seed_offset=number // batch_size)
+                    if results:
+                        results.add(answers)
+                    elif self.as_json:
+                        kept += [answer.to_dict() for answer in answers]
+                    else:
+                        typer.echo("\n".join(jsonl.record(answer) for answer in answers))
+                    done |= {answer.row.index: answer.error is not None for answer in answers}
+                    advance(len(missing))
+                    guard.check_stop()
+        except guard.Stopped:
+            if results:
+                show.note(f"stopped after {len(done)} of {len(rows)} prompts; run again with --resume to go on")
+            raise
         if results:
             results.close()
         if self.as_json:

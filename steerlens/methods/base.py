@@ -141,11 +141,6 @@ class PerRow(EditMethod):
         """`{"method": "per_row", "methods": [dict or None, …]}`."""
         return {"method": self.name, "methods": [m and m.to_dict() for m in self.methods]}
 
-    @property
-    def row_needs(self) -> dict[int, tuple[str, ...]]:
-        """Span groups that each row needs."""
-        return {row: m.needs for row, m in enumerate(self.methods) if m is not None and m.needs}
-
     def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         """Each row's plan, restricted to that row; rows with equal edits share one."""
         rows: dict[EditMethod, list[int]] = {}
