@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from steerlens import backends
+from steerlens import backends, decoder
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Bias, Call
 from steerlens.edits import Plan, Reweight
@@ -60,10 +60,7 @@ class Steering:
         prompt_lengths: int | Sequence[int] | None,
     ) -> None:
         self.model = unwrap(model)
-        base = getattr(self.model, "base_model", None)
-        if not isinstance(base, torch.nn.Module):
-            raise UnsupportedError(f"{type(model).__name__} is not a transformers model")
-        self._engine = Engine.of(base)
+        self._engine = Engine.of(decoder.find(self.model))
         facts = self._engine.facts
         if hasattr(methods, "check") and hasattr(methods, "methods"):
             methods.check(facts)

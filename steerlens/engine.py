@@ -23,8 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import backends, facts
-from steerlens.backends.call import Call, canonical
+from steerlens import backends, decoder
+from steerlens.backends.call import Call, canonical, is_causal_padding
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
 from steerlens.generation import Scope, Wrapper
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 NAME = "steerlens"
 _UNDERSTOOD = {
     "sliding_window",
+    "s_aux",
     "softcap",
     "position_ids",
     "use_cache",
@@ -125,8 +126,7 @@ class Engine(Guarded):
     def __init__(self, base: torch.nn.Module) -> None:
         self.engine = self
         self.base = base
-        self.facts = facts.read(base.config)
-        self.modules = _attention_modules(base, self.facts.layers)
+        self.facts, self.modules = decoder.read(base)
         self.sites: dict[int, Site] = {}
         self.contexts: list[Steering] = []
         self.records: list[Record] = []
@@ -224,6 +224,7 @@ class Engine(Guarded):
             raise UnsupportedError(f"past_key_values is a {type(cache).__name__}; steering needs a transformers Cache")
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, length = tokens.shape[:2]
+        _refuse_packed(given, cache)
         mask, plain = _token_mask(given.get("attention_mask"), seen + length)
         prompt = self._prompt(cache, seen, batch, length, mask, tokens)
         total = seen + length
@@ -351,7 +352,7 @@ class Engine(Guarded):
         if unknown or extra.get("is_causal") is False:
             raise UnsupportedError(
                 f"layer {site.layer} of {self.facts.name} passes arguments that steerlens does not know: "
-                f"{', '.join(unknown) or 'is_causal=False'} (learned sinks, sparse or packed attention)"
+                f"{', '.join(unknown) or 'is_causal=False'} (sparse, packed or bidirectional attention)"
             )
         site.calls += 1
         site.rows += query.shape[0] * query.shape[2]
@@ -407,8 +408,11 @@ class Engine(Guarded):
         if mask is not None and mask.ndim == 4:
             memo: Hashable = ("mask", mask.data_ptr(), tuple(mask.shape), written)
             if memo not in now.memo:
-                now.memo[memo] = canonical(mask[..., :written])
-            mask = now.memo[memo]  # type: ignore[assignment]
+                native = canonical(mask[..., :written])
+                now.memo[memo] = native, plain and is_causal_padding(native, offset, real)
+            mask, plain = now.memo[memo]  # type: ignore[misc]
+        elif plain and offset == 0 and query.shape[2] == written > 1:
+            mask = None  # the native kernel is told the padding in two dimensions; `real` has it
         elif mask is not None or (window is not None and written > window):
             memo = ("mask", written, offset, window)
             if memo not in now.memo:
@@ -416,7 +420,8 @@ class Engine(Guarded):
             mask = now.memo[memo]  # type: ignore[assignment]
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        return Call(query, key, value, mask, float(scaling), extra.get("softcap"), offset, real, plain, memo=now.memo)
+        softcap, sinks = extra.get("softcap"), extra.get("s_aux")
+        return Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
 
 
 def _from_columns(
@@ -430,6 +435,18 @@ def _from_columns(
         visible = visible & (distance < window)
     visible = visible[None, None].expand(query.shape[0], 1, -1, -1)
     return visible if real is None else visible & real[:, None, None]
+
+
+def _refuse_packed(given: Mapping[str, Any], cache: Cache | None) -> None:
+    """Transformers takes positions that start again, without mask and cache, for sequences packed into one row."""
+    positions = given.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or given.get("attention_mask") is not None or cache is not None:
+        return
+    if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+        raise UnsupportedError(
+            "position_ids start again within a row, and there is no attention_mask: several sequences packed into one "
+            "row. Steering counts prompts by row: give each sequence its own row, padded, with an attention_mask"
+        )
 
 
 def _token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
@@ -449,20 +466,6 @@ def _token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     # The mask of a sliding-window cache begins where its window does, and tells nothing of the columns before.
     return (visible.any(1).any(1) if visible.shape[-1] >= columns else None), False
-
-
-def _attention_modules(base: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:
-    found: dict[int, torch.nn.Module] = {}
-    for module in base.modules():
-        layer = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or not type(module).__name__.endswith("Attention"):
-            continue
-        if found.setdefault(layer, module) is not module:
-            raise UnsupportedError(f"layer {layer} has two attention modules; which one to steer is not known")
-    missing = sorted(set(range(layers)) - set(found))
-    if missing:
-        raise UnsupportedError(f"no attention module found for layers {missing} of {type(base).__name__}")
-    return found
 
 
 @outside_graphs

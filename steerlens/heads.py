@@ -114,7 +114,13 @@ class Heads:
         for layer, heads in table:
             if layer >= facts.layers:
                 raise HeadError(f"heads: layer {layer} is out of range; {facts.name} has layers 0..{facts.layers - 1}")
-            for index in range(facts.layers) if layer == -1 else (layer,):
+            if layer >= 0 and not facts.heads[layer]:
+                kind = f" ({facts.kinds[layer]})" if facts.kinds else ""
+                raise HeadError(
+                    f"heads: layer {layer} of {facts.name} has no attention{kind}; layers that have: "
+                    f"{', '.join(map(str, facts.attention_layers))}"
+                )
+            for index in facts.attention_layers if layer == -1 else (layer,):
                 limit = facts.heads[index]
                 if heads and heads[-1] >= limit:
                     raise HeadError(

@@ -67,7 +67,7 @@ class Recipe(Part):
 
     def check(self, facts: ModelFacts) -> None:
         """Raise `RecipeError` unless the recipe fits a model with these facts."""
-        found = {"layers": {facts.layers}, "heads": set(facts.heads)}
+        found = {"layers": {facts.layers}, "heads": set(facts.heads) - {0}}
         for what, values in found.items():
             wanted = getattr(self.model, what)
             if wanted is not None and values != {wanted}:

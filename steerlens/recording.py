@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import torch
 
+from steerlens import decoder
 from steerlens.attach import unwrap
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, SpanKeys
 from steerlens.engine import Engine
-from steerlens.errors import SpanError, SteeringStateError, UnsupportedError, nearest
+from steerlens.errors import SpanError, SteeringStateError, nearest
 from steerlens.heads import Heads
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
@@ -32,7 +33,7 @@ class LayerRecord:
         mass: attention mass per span group, [B, H, Tq, G], G as `Record.groups`.
         entropy: of each row in nats, [B, H, Tq].
         argmax: padded column of the most attended key, int64 [B, H, Tq]; lowest column on a tie, -1 for pads.
-        lse: log-sum-exp of the scaled, masked logits before any edit, in nats, [B, H, Tq].
+        lse: log-sum-exp of the scaled, masked logits before any edit, learned sinks included, in nats, [B, H, Tq].
         column_mean: mean weight of a key over the captured real rows that see it, [B, H, Tk].
     """
 
@@ -61,10 +62,7 @@ class Record:
         if rows not in ("all", "last"):
             raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last' (the last row of each forward)")
         self.model = unwrap(model)
-        base = getattr(self.model, "base_model", None)
-        if not isinstance(base, torch.nn.Module):
-            raise UnsupportedError(f"{type(model).__name__} is not a transformers model")
-        self._engine = Engine.of(base)
+        self._engine = Engine.of(decoder.find(self.model))
         self.stats, self.rows = tuple(stats), rows
         self._batch: int | None = None
         self.spans = None if spans is None else Spans.of(spans)
@@ -154,7 +152,7 @@ class Record:
             # argmax does not promise the first of equal maxima.
             found["argmax"] = (a == a.amax(-1, keepdim=True)).long().cummax(-1).values.eq(0).sum(-1) + start
         if "lse" in self.stats:
-            found["lse"] = reference.logits(call, rows, heads).logsumexp(-1).float()
+            found["lse"] = reference.lse(call, rows, heads).float()
         return found
 
     def _columns(

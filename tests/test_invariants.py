@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from small_models import FAMILIES, build
+from small_models import FAMILIES, NO_SDPA, build
 from transformers import DynamicCache, StaticCache
 
 import steerlens
@@ -16,6 +16,7 @@ from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, PromptKeys, Reweight, Scale
 from steerlens.errors import UnsupportedError
 from steerlens.facts import ModelFacts
+from steerlens.heads import Heads
 from steerlens.lower import Placed, lower
 from steerlens.methods import ACT, PASTA, EditMethod, HeadMask, PerRow, ZeroTuning
 from steerlens.passes import Pass, Prompt
@@ -43,8 +44,23 @@ GRID = [
     pytest.param(family, native, id=f"{family}-{native}")
     for family in FAMILIES
     for native in ("sdpa", "eager")
-    if (family, native) != ("gemma2", "sdpa")  # transformers has no sdpa for soft-capped logits
+    if family not in NO_SDPA or native == "eager"
 ]
+
+
+def method_of(name, family):
+    """A method of `METHODS`; where layer 0 has no attention, a layer later."""
+
+    def shift(method):
+        table = getattr(method, "heads", Heads(None)).table
+        if table is None:
+            return method
+        return dataclasses.replace(method, heads=Heads(tuple((layer + 1, heads) for layer, heads in table)))
+
+    methods = METHODS[name]
+    if family != "qwen3_next":
+        return methods
+    return [shift(m) for m in methods] if isinstance(methods, list) else shift(methods)
 
 
 def apart(got, expected, mask=None):
@@ -70,7 +86,7 @@ class Identity(EditMethod):
 
     def plan(self, facts, spans):
         edit = [Reweight(tuple(range(h)), FirstToken(), Scale(0.0)) for h in facts.heads]
-        return {layer: (edit[layer],) for layer in range(facts.layers)}
+        return {layer: (edit[layer],) for layer in facts.attention_layers}
 
 
 @pytest.mark.parametrize(("family", "native"), GRID)
@@ -93,7 +109,9 @@ class TestPrefill:
     def test_backends_agree_and_something_moves(self, family, native, side, name, model_of, prompts):
         model, (ids, mask) = model_of(family, native), prompts(side)
         before = logits(model, ids, mask)
-        got, expected = (logits(model, ids, mask, METHODS[name], SPANS[side], backend=b) for b in ("auto", "reference"))
+        got, expected = (
+            logits(model, ids, mask, method_of(name, family), SPANS[side], backend=b) for b in ("auto", "reference")
+        )
         assert apart(got, expected, mask) < 1e-4
         assert apart(expected, before, mask) > 1e-3
         assert torch.equal(logits(model, ids, mask), before)
@@ -103,36 +121,40 @@ class TestPrefill:
 @pytest.mark.parametrize("name", METHODS)
 class TestDecoding:
     def test_a_padded_row_is_the_row_alone(self, family, native, name, model_of, prompts):
-        model, (ids, mask) = model_of(family, native), prompts("left")
-        together = generate(model, METHODS[name], SPANS["left"], ids, mask)
+        model, (ids, mask), method = model_of(family, native), prompts("left"), method_of(name, family)
+        together = generate(model, method, SPANS["left"], ids, mask)
         for row in range(3):
             pads = int((1 - mask[row]).sum())
             spans = [[(a - pads, b - pads) for a, b in SPANS["left"][row]]]
-            alone = generate(model, METHODS[name], spans, ids[row : row + 1, pads:], mask[row : row + 1, pads:])
+            alone = generate(
+                model, method_of(name, family), spans, ids[row : row + 1, pads:], mask[row : row + 1, pads:]
+            )
             assert apart(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0]) < 1e-4
 
     def test_cached_decode_is_recomputation(self, family, native, name, model_of, prompts):
         model, (ids, mask) = model_of(family, native), prompts("left")
-        cached = generate(model, METHODS[name], SPANS["left"], ids, mask)
-        again = generate(model, METHODS[name], SPANS["left"], ids, mask, use_cache=False)
+        cached = generate(model, method_of(name, family), SPANS["left"], ids, mask)
+        again = generate(model, method_of(name, family), SPANS["left"], ids, mask, use_cache=False)
         assert torch.equal(cached.sequences, again.sequences)
         assert apart(torch.stack(cached.logits), torch.stack(again.logits)) < 1e-4
 
     def test_chunked_prefill_is_one_shot_or_refused(self, family, native, name, model_of, prompts):
         model, (ids, mask) = model_of(family, native), prompts("left")
-        whole = generate(model, METHODS[name], SPANS["left"], ids, mask)
-        methods = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]]
+        whole = generate(model, method_of(name, family), SPANS["left"], ids, mask)
+        methods = method_of(name, family) if isinstance(method_of(name, family), list) else [method_of(name, family)]
         if not all(m.chunk_exact for m in methods):
             with pytest.raises(UnsupportedError, match="whole prompt"):
-                generate(model, METHODS[name], SPANS["left"], ids, mask, prefill_chunk_size=7)
+                generate(model, method_of(name, family), SPANS["left"], ids, mask, prefill_chunk_size=7)
             return
-        chunked = generate(model, METHODS[name], SPANS["left"], ids, mask, prefill_chunk_size=7)
+        chunked = generate(model, method_of(name, family), SPANS["left"], ids, mask, prefill_chunk_size=7)
         assert torch.equal(whole.sequences, chunked.sequences)
         assert apart(torch.stack(chunked.logits), torch.stack(whole.logits)) < 1e-4
 
     def test_backends_agree(self, family, native, name, model_of, prompts):
         model, (ids, mask) = model_of(family, native), prompts("left")
-        one, two = (generate(model, METHODS[name], SPANS["left"], ids, mask, backend=b) for b in ("auto", "reference"))
+        one, two = (
+            generate(model, method_of(name, family), SPANS["left"], ids, mask, backend=b) for b in ("auto", "reference")
+        )
         assert torch.equal(one.sequences, two.sequences)
         assert apart(torch.stack(one.logits), torch.stack(two.logits)) < 1e-4
 

@@ -69,6 +69,8 @@ class Cut:
     uniform: bool
 
 
+FEW_ROWS = 16
+"""Up to so many query rows a backend takes the simplest way."""
 Lowered = Bias | KeepMass | Cut
 Sums = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Given the query rows to count, bool [B, Tq]: the attention of each of the edit's heads summed over them, fp32
@@ -81,13 +83,15 @@ class Call:
 
     Attributes:
         query: [B, H, Tq, D]; key: [B, G, Tk, D]; value: [B, G, Tk, Dv].
-        mask: native mask as bool (True = visible) or additive float, [B or 1, H or 1, Tq, Tk]; `None` is causal.
+        mask: native mask as bool (True = visible) or additive float, [B or 1, H or 1, Tq, Tk]; `None` is causal, and
+            where more than one row is all there is, `real`.
         scaling: factor on q·k.
         softcap: c of c·tanh(x/c) on the logits, or `None`.
         offset: column of query row 0 minus column of key 0.
         real: real keys, bool [B, Tk]; `None` for all.
         plain: visible means causal and real, nothing else.
         edits: in order; cuts last.
+        sinks: learned sink logits [H], each a key outside every set with a value of zero; `None` for none.
         memo: what calls of one forward share; a `Bias` or `Cut` that two of them have is the same object.
     """
 
@@ -101,6 +105,7 @@ class Call:
     real: torch.Tensor | None
     plain: bool
     edits: list[Lowered] = field(default_factory=list)
+    sinks: torch.Tensor | None = None
     memo: dict[Hashable, object] = field(default_factory=dict)
 
     @property
@@ -131,10 +136,16 @@ class Call:
     def _causal(self, rows: slice) -> torch.Tensor:
         device = self.query.device
         queries = torch.arange(self.query.shape[2], device=device)[rows] + self.offset
-        return (torch.arange(self.key.shape[2], device=device) <= queries[:, None])[None, None]
+        visible = (torch.arange(self.key.shape[2], device=device) <= queries[:, None])[None, None]
+        return visible if self.real is None else visible & self.real[:, None, None]
 
-    def sees(self, keys: torch.Tensor) -> torch.Tensor:
-        """Whether each query row sees any of `keys` [B, h, Tk], bool [B, h, Tq]."""
+    def sees_beside(self, keys: torch.Tensor) -> torch.Tensor:
+        """Whether each query row sees a key outside `keys` [B, h, Tk], bool [B, h, Tq]; a learned sink is one."""
+        if self.sinks is not None:
+            return keys.new_ones(*keys.shape[:2], self.query.shape[2])
+        return self._sees(~keys)
+
+    def _sees(self, keys: torch.Tensor) -> torch.Tensor:
         if self.plain or self.mask is None:
             keys = keys if self.real is None else keys & self.real[:, None]
             upto = keys.long().cummax(-1).values.bool()
@@ -155,3 +166,24 @@ def canonical(mask: torch.Tensor | None) -> torch.Tensor | None:
         return mask.bool()
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     return ~hidden if bool(((mask == 0) | hidden).all()) else mask
+
+
+def is_causal_padding(mask: torch.Tensor | None, offset: int, real: torch.Tensor | None) -> bool:
+    """Whether a mask hides later keys and pads, and nothing else; never for a few rows, where it would not pay.
+
+    Args:
+        mask: [B or 1, H or 1, Tq, Tk].
+        offset: column of query row 0 minus column of key 0.
+        real: real keys, bool [B, Tk]; `None` for all.
+    """
+    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] <= FEW_ROWS:
+        return False
+    keys = torch.arange(mask.shape[3], device=mask.device)
+    for start in range(0, mask.shape[2], 256):
+        rows = mask[:, 0, start : start + 256]
+        expected = keys <= torch.arange(start, start + rows.shape[1], device=mask.device)[:, None] + offset
+        if real is not None:
+            expected = expected & real[:, None]
+        if not bool((rows == expected).all()):
+            return False
+    return True

@@ -6,6 +6,7 @@ Query rows are taken in blocks, so memory is O(block·Tk) and the result is the 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from steerlens.backends.call import Bias, Call, Cut, KeepMass, Lowered, Sums
 
@@ -28,6 +29,8 @@ def attention(call: Call, budget: int | None = None) -> torch.Tensor:
 def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | None = None) -> torch.Tensor:
     """Attention weights of a block of query rows after `edits`, fp32 (fp64 for fp64 inputs) [B, h, r, Tk].
 
+    With learned sinks a row sums to 1 less what its head's sink takes.
+
     Args:
         call: the call.
         edits: resolved edits (see `resolve`).
@@ -36,21 +39,33 @@ def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | N
     """
     everything = list(range(call.query.shape[1]))
     wanted = everything if heads is None else heads
-    a = logits(call, rows, wanted).softmax(-1)
+    a = _with_sinks(logits(call, rows, wanted), call, wanted).softmax(-1)
     a = a.nan_to_num(0.0)  # a row that sees no key: a pad
+    more = 0 if call.sinks is None else 1
     for edit in edits:
         if isinstance(edit, Bias):
-            a = _scale(a, edit, rows, wanted)
+            a = _scale(a, edit, rows, wanted, more)
         elif isinstance(edit, Kept):
-            a = _keep(a, edit, rows, wanted)
+            a = _keep(a, edit, rows, wanted, more)
         elif isinstance(edit, Cut):
-            visible = call.visible(rows).to(a.dtype)
+            visible = F.pad(call.visible(rows), (0, more)).to(a.dtype)
             visible = visible if visible.shape[1] == 1 else visible[:, wanted]
             flat = visible / visible.sum(-1, keepdim=True).clamp(min=1)
             where = edit.outputs[:, wanted]
             where = where if where.shape[-1] == 1 else where[..., rows]
             a = torch.where(where[..., None], flat if edit.uniform else torch.zeros_like(flat), a)
-    return a
+    return a[..., : a.shape[-1] - more]
+
+
+def lse(call: Call, rows: slice, heads: list[int]) -> torch.Tensor:
+    """Log-sum-exp of the logits before any edit, learned sinks included, in nats, [B, h, r]."""
+    return _with_sinks(logits(call, rows, heads), call, heads).logsumexp(-1)
+
+
+def _with_sinks(x: torch.Tensor, call: Call, heads: list[int]) -> torch.Tensor:
+    if call.sinks is None:
+        return x
+    return torch.cat([x, call.sinks.to(x.dtype)[heads][None, :, None, None].expand(*x.shape[:3], 1)], -1)
 
 
 def logits(call: Call, rows: slice, heads: list[int]) -> torch.Tensor:
@@ -115,25 +130,27 @@ def blocks(call: Call, budget: int | None = None, heads: int | None = None) -> l
     return [slice(i, min(i + size, call.query.shape[2])) for i in range(0, call.query.shape[2], size)]
 
 
-def _scale(a: torch.Tensor, edit: Bias, rows: slice, heads: list[int]) -> torch.Tensor:
+def _scale(a: torch.Tensor, edit: Bias, rows: slice, heads: list[int], more: int) -> torch.Tensor:
     u = edit.weights[:, heads].to(a.dtype)
     u = u if u.shape[-1] == 1 else u[..., rows]
     u = u[..., None]
     # w and 1, divided by the larger of the two: the ratio is what counts, and neither may overflow.
-    factor = torch.where(edit.keys[:, None, None], (u - u.clamp(min=0)).exp(), (-u.clamp(min=0)).exp())
+    factor = torch.where(
+        F.pad(edit.keys, (0, more))[:, None, None], (u - u.clamp(min=0)).exp(), (-u.clamp(min=0)).exp()
+    )
     scaled = a * factor
     total = scaled.sum(-1, keepdim=True)
     # No weight left in fp32: the row sees scaled keys alone, whose ratios stay.
     return torch.where((u == 0) | (total == 0), a, scaled / torch.where(total > 0, total, 1))
 
 
-def _keep(a: torch.Tensor, kept: Kept, rows: slice, heads: list[int]) -> torch.Tensor:
+def _keep(a: torch.Tensor, kept: Kept, rows: slice, heads: list[int], more: int) -> torch.Tensor:
     edit, dtype = kept.edit, a.dtype
     place = {head: i for i, head in enumerate(edit.heads)}
     chosen = [i for i, head in enumerate(heads) if head in place]
     if not chosen:
         return a
-    inside = kept.keys[:, [place[heads[i]] for i in chosen]][:, :, None]
+    inside = F.pad(kept.keys[:, [place[heads[i]] for i in chosen]], (0, more))[:, :, None]
     old = a[:, chosen]
     mass_in = (old * inside).sum(-1, keepdim=True)
     mass_out = (old * ~inside).sum(-1, keepdim=True)

@@ -10,6 +10,8 @@ row this needs no ψ, and nothing cancels as ψ → 1.
 Column sums come from the same kernel, transposed: Σ_i exp(x_ij - LSE_i) is the exponential of the log-sum-exp that
 key j gets as a *query* over the query rows as *keys*, with -LSE_i as a bias; reversing both orders keeps it causal.
 
+A learned sink is one more key in front: a zero key whose logit is a bias, and a value of zero.
+
 Shapes as in `call`; W: head dim with channels, a multiple of 8 (other widths leave the fused path).
 """
 
@@ -22,12 +24,11 @@ import torch
 import torch.nn.functional as F
 
 from steerlens.backends import reference
-from steerlens.backends.call import Bias, Call, Cut, Few, KeepMass, Sums
+from steerlens.backends.call import FEW_ROWS, Bias, Call, Cut, Few, KeepMass, Sums
 from steerlens.errors import UnsupportedError
 
 HIDE = -1000.0
 """A bias (nats) that leaves nothing of a key beside any other; finite in every dtype."""
-FEW_ROWS = 16
 _MOST = {torch.float64: 0.9, torch.float32: 0.9, torch.bfloat16: 0.5, torch.float16: 0.5}
 """ψ up to which o_N by subtraction keeps the digits of its dtype."""
 
@@ -46,11 +47,16 @@ class Term:
 
 @dataclass
 class Inputs:
-    """Some query heads of a call as a rectangle: `query` [B, g·m, Tq, D] over `key`/`value` [B, g, Tk, D]."""
+    """Some query heads of a call as a rectangle: `query` [B, g·m, Tq, D] over `key`/`value` [B, g, Tk, D].
+
+    `sinks` are logits of learned sinks, fp32 [B or 1, g·m, Tq or 1]; `sink_value` is their value, on every channel.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    sinks: torch.Tensor | None = None
+    sink_value: float = 0.0
 
 
 def attention(call: Call) -> torch.Tensor:
@@ -68,12 +74,14 @@ def attention(call: Call) -> torch.Tensor:
     terms: list[Term] = []
     query = call.query
     static = all(isinstance(edit, Bias) for edit in moves)
+    sinks = None if call.sinks is None else call.sinks.float()[None, :, None]
     if static:
         # A zero query attends to all visible keys alike: the mean of V, whatever the mask.
         for cut in cuts:
             if cut.uniform and not _biased(call):
                 query = query.masked_fill(cut.outputs[..., None], 0)
-    whole = Inputs(query, call.key, call.value)
+                sinks = None if sinks is None else torch.where(cut.outputs, HIDE, sinks)
+    whole = Inputs(query, call.key, call.value, sinks)
     output: torch.Tensor | None = None
     for number, edit in enumerate(moves):
         if isinstance(edit, Bias):
@@ -101,6 +109,8 @@ def fused(call: Call, inputs: Inputs, terms: list[Term]) -> torch.Tensor:
 
 
 def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if inputs.sinks is not None:
+        return _run_with_sinks(call, inputs, inputs.sinks, terms, want_lse)
     query, key, value = inputs.query, inputs.key, inputs.value
     width = value.shape[-1]
     mask, causal = call.mask, call.mask is None and query.shape[2] > 1
@@ -114,9 +124,9 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     # An additive term in 16 bit would be a coarse one; only the CPU kernel takes it in fp32 beside 16-bit queries.
     exact = query.device.type == "cpu" or query.dtype.itemsize >= 4
     if terms and query.shape[2] <= FEW_ROWS and exact:
-        mask, causal = _additive(call, inputs, terms, mask, causal), False
-    elif terms or query.shape[-1] != width:
-        query, key = _with_channels(query, key, terms, call.scaling)
+        mask, causal, terms = _additive(call, inputs, terms, mask, causal), False, []
+    if terms or query.shape[-1] != width:
+        query, key = _with_channels(query, key, terms, call.scaling, width)
         value = F.pad(value, (0, query.shape[-1] - width))
     groups = query.shape[1] // key.shape[1]
     packed = groups > 1 and query.shape[2] == 1
@@ -146,29 +156,59 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     return output if output.shape[-1] == width else output[..., :width], lse
 
 
+def _run_with_sinks(
+    call: Call, inputs: Inputs, sinks: torch.Tensor, terms: list[Term], want_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`_run` with a key for the learned sinks in front, and a row for it where that keeps the kernel causal."""
+    Tq, Tk = inputs.query.shape[2], inputs.key.shape[2]
+    front = int(call.plain and call.offset == 0 and Tq == Tk > 1)
+    mask = None
+    if not front and (Tq > 1 or call.mask is not None):
+        mask = call.visible(slice(None)) if call.mask is None else call.mask
+        mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
+    query = F.pad(inputs.query, (0, 0, front, 0))
+    key = F.pad(inputs.key, (0, 0, 1, 0))
+    value = F.pad(inputs.value, (0, 0, 1, 0), value=inputs.sink_value)
+    real = None if call.real is None else F.pad(call.real, (1, 0), value=True)
+    longer = Call(query, key, value, mask, call.scaling, None, call.offset, real, bool(front))
+    sink = torch.zeros(1, 1, Tk + 1, dtype=torch.bool, device=key.device)
+    sink[..., 0] = True
+    terms = [Term(_in_front(t.weights, front), F.pad(t.keys, (1, 0))) for t in terms]
+    terms.append(Term(_in_front(sinks, front), sink))
+    output, lse = _run(longer, Inputs(query, key, value), terms, want_lse)
+    return output[:, :, front:], None if lse is None else lse[:, :, front:]
+
+
+def _in_front(weights: torch.Tensor, rows: int) -> torch.Tensor:
+    return weights if weights.shape[-1] == 1 else F.pad(weights, (rows, 0))
+
+
 def _with_channels(
-    query: torch.Tensor, key: torch.Tensor, terms: list[Term], scaling: float
+    query: torch.Tensor, key: torch.Tensor, terms: list[Term], scaling: float, width: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key [.., W] whose product holds the terms too."""
+    """Query and key [.., W >= width] whose product holds the terms too."""
     on_query: list[torch.Tensor] = []
     on_key: list[torch.Tensor] = []
     for term in terms:
         pieces = split(term.weights / scaling, query.dtype)
         on_query += pieces
         on_key += [term.keys.to(key.dtype)] * len(pieces)
-    return widen(query, on_query), widen(key, on_key)
+    return widen(query, on_query, width), widen(key, on_key, width)
 
 
-def widen(x: torch.Tensor, channels: list[torch.Tensor]) -> torch.Tensor:
-    """`x` [.., T, D] with channels that broadcast to [.., T] behind it, zeros up to a width the kernel likes."""
-    used = x.shape[-1] + len(channels)
+def widen(x: torch.Tensor, channels: list[torch.Tensor], width: int = 0) -> torch.Tensor:
+    """`x` [.., T, D] with channels that broadcast to [.., T] behind it, zeros up to a width the kernel likes.
+
+    It is at least `width` wide.
+    """
+    used = max(x.shape[-1] + len(channels), width)
     # Measured on CPU: heads of 128 run 10 % faster at 144 than at 136, heads of 64 faster at 72 than at 80.
     step = 16 if x.shape[-1] >= 128 else 8
     wide = x.new_empty(*x.shape[:-1], used + -used % step)
     wide[..., : x.shape[-1]] = x
     for place, channel in enumerate(channels, x.shape[-1]):
         wide[..., place] = channel
-    wide[..., used:] = 0
+    wide[..., x.shape[-1] + len(channels) :] = 0
     return wide
 
 
@@ -264,9 +304,10 @@ class Selection:
     def inputs(self, whole: Inputs) -> Inputs:
         """The rectangle's query, key and value."""
         query = whole.query if self.whole else whole.query[:, self.index]
+        sinks = whole.sinks if self.whole or whole.sinks is None else whole.sinks[:, self.index]
         if self.all_kv:
-            return Inputs(query, whole.key, whole.value)
-        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv])
+            return Inputs(query, whole.key, whole.value, sinks)
+        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks)
 
     def terms(self, terms: list[Term]) -> list[Term]:
         """Terms of the whole call, for the rectangle."""
@@ -296,7 +337,7 @@ def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     if not bool(keys.any()):
         return output
-    applies = call.sees(~keys)
+    applies = call.sees_beside(keys)
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
     old = output if chosen.whole else output[:, edit.heads]
@@ -348,13 +389,13 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     table = keys[:, [at[h] for h in chosen.index]].reshape(B, len(chosen.kv), chosen.width, Tk)
     # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
     indicator = (~table).transpose(-1, -2).to(inputs.value.dtype)
-    masses = fused(call, Inputs(inputs.query, inputs.key, indicator), chosen.terms(terms))
+    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0), chosen.terms(terms))
     rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
     rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32)).clamp(max=1)
     beta = edit.fraction
     safe = torch.where(rest > 0, rest, 1)
     change = safe.log() - (1 - beta + beta * safe).log() + (math.log(beta) if beta > 0 else HIDE)
-    change = torch.where((rest > 0) & (call.sees(~keys)), change.clamp(min=HIDE), 0)
+    change = torch.where((rest > 0) & call.sees_beside(keys), change.clamp(min=HIDE), 0)
     if edit.rows is not None:
         change = change * edit.rows[:, None]
     H, G, groups = call.query.shape[1], call.key.shape[1], call.groups

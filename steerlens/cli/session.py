@@ -75,12 +75,12 @@ class Session:
         system: str | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        from steerlens import facts
+        from steerlens import decoder
 
         self.model, self.tokenizer, self.methods, self.backend = model, tokenizer, list(methods), backend
         self.chat, self.system = chat or system is not None, system
         self.sampling = sampling or Sampling()
-        known = facts.read(model.config)
+        known, _ = decoder.read(decoder.find(model))
         if recipe is not None:
             recipe.model_copy(update={"methods": self.methods[: len(recipe.methods)]}).check(known)
         for method in self.methods:
