@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import backends, decoder
+from steerlens import backends, decoder, selfcheck
 from steerlens.backends.call import Call, canonical, is_causal_padding
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
@@ -132,6 +132,7 @@ class Engine(Guarded):
         self.records: list[Record] = []
         self.observers: list[Steering | Record] = []
         self.backend = "auto"
+        self.witness: selfcheck.Witness | None = None
         self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Any, Prompt]] = weakref.WeakKeyDictionary()
         self.current: Pass | None = None
         self.scope: Scope | None = None
@@ -163,6 +164,8 @@ class Engine(Guarded):
 
     def update(self) -> None:
         """Route the layers that the contexts in force need, release the others."""
+        if self.users and not self._hooks and self.witness is None:
+            selfcheck.verify(self)
         wanted = {layer for context in self.contexts for layer in context.plan}
         wanted |= {layer for record in self.records for layer in record.layers}
         for layer in set(self.sites) - wanted:
@@ -374,6 +377,10 @@ class Engine(Guarded):
 
                 matrix = reference.weights(call, reference.resolve(call), slice(0, query.shape[2])).to(query.dtype)
             output = output.transpose(1, 2).contiguous()
+        if self.witness is not None:
+            native = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
+            self.witness(site, output, native[0], now.real_rows())
+            return native
         for observer in self.observers:
             with torch.no_grad():
                 observer.observe(site.layer, call, now)
