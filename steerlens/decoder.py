@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from steerlens import facts
 from steerlens.errors import UnsupportedError
@@ -24,7 +25,8 @@ def find(model: Any) -> torch.nn.Module:
     if not isinstance(base, torch.nn.Module) or not hasattr(config, "get_text_config"):
         raise UnsupportedError(f"{type(model).__name__} is not a transformers model")
     facts.read(config)
-    return model.get_decoder() if hasattr(model, "get_decoder") else base
+    found = model.get_decoder() if hasattr(model, "get_decoder") else base
+    return found if isinstance(found, PreTrainedModel) else base
 
 
 def read(base: torch.nn.Module) -> tuple[ModelFacts, dict[int, torch.nn.Module]]:
@@ -35,7 +37,8 @@ def read(base: torch.nn.Module) -> tuple[ModelFacts, dict[int, torch.nn.Module]]
     """
     known = facts.read(base.config)
     modules = _attention_modules(base, known)
-    return facts.read(base.config, modules), modules
+    heads = {layer: getattr(module, "num_heads", None) for layer, module in modules.items()}
+    return facts.read(base.config, heads), modules
 
 
 def _attention_modules(base: torch.nn.Module, known: ModelFacts) -> dict[int, torch.nn.Module]:
@@ -46,7 +49,10 @@ def _attention_modules(base: torch.nn.Module, known: ModelFacts) -> dict[int, to
         if not isinstance(layer, int) or not uses_interface(kind):
             continue
         if getattr(module, "is_causal", True) is False:
-            raise facts.refuse(known.family, f"attends to later tokens (layer {layer}: is_causal=False)")
+            raise facts.refuse(
+                f"model family {known.family!r}",
+                f"has attention that is not causal (layer {layer}: {kind.__name__}, is_causal=False)",
+            )
         if found.setdefault(layer, module) is not module:
             raise UnsupportedError(
                 f"layer {layer} of {known.name} has two attention modules, {type(found[layer]).__name__} and "

@@ -47,6 +47,7 @@ _UNDERSTOOD = {
     "output_hidden_states",
     "output_router_logits",
     "cache_position",
+    "logits_to_keep",
     "return_dict",
     "num_items_in_batch",
 }
@@ -239,7 +240,8 @@ class Engine(Guarded):
             real = torch.nn.functional.pad(known, (0, max(total - known.shape[1], 0)), value=True)[:, :total]
         if real is not None and bool(real.all()):
             real = None
-        keys = {layer: (length, 0) if cache is None else cache.get_mask_sizes(length, layer) for layer in self.sites}
+        sources = {layer: self.facts.keys_of.get(layer, layer) for layer in self.sites}
+        keys = {n: (length, 0) if cache is None else cache.get_mask_sizes(length, m) for n, m in sources.items()}
         self.current = Pass(prompt, seen, length, real, plain, keys)
         self._running = threading.get_ident()
         if self.scope is None:
@@ -343,6 +345,9 @@ class Engine(Guarded):
                 f"layer {site.layer} of {self.facts.name} was called outside a forward of its decoder "
                 "(gradient checkpointing, or the layer alone): call the whole model, and turn checkpointing off"
             )
+        if site.layer in self.facts.keys_of:
+            # Layers that share keys may be given only the rows whose logits are kept.
+            now = now.last(query.shape[2])
         heads = query.shape[1]
         if heads != self.facts.heads[site.layer]:
             raise UnsupportedError(
@@ -428,6 +433,8 @@ class Engine(Guarded):
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
         softcap, sinks = extra.get("softcap"), extra.get("s_aux")
+        if site.config._attn_implementation == "sdpa":
+            softcap = sinks = None  # older transformers let gemma2 run on a native sdpa that knows neither
         return Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
 
 

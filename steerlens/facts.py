@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from steerlens.errors import UnsupportedError
@@ -40,6 +40,9 @@ REFUSED = {
     **dict.fromkeys(
         ("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "axk2", "hy_v4", "dots3_note", "dots3_note_text"), _SPARSE
     ),
+    "deepseek_v4": "attends to compressed keys that stand for several tokens each, so that spans name no keys",
+    "hrm_text": "runs each attention layer several times per forward, for other purposes each",
+    "blt": "attends over bytes and patches, not along one axis of tokens",
 }
 """`model_type`s that cannot be steered, and why."""
 
@@ -55,6 +58,7 @@ class ModelFacts:
         heads: query heads per layer; 0 where a layer has no attention.
         kv_heads: key/value heads per layer; 0 where a layer has no attention.
         kinds: what a layer is, such as `full_attention` or `linear_attention`; empty where the config says nothing.
+        keys_of: the layer whose keys each layer attends to, where some layers share those of an earlier one.
     """
 
     name: str
@@ -63,6 +67,7 @@ class ModelFacts:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     kinds: tuple[str, ...] = ()
+    keys_of: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -78,12 +83,12 @@ def refuse(what: str, why: str) -> UnsupportedError:
     )
 
 
-def read(config: Any, attention: Collection[int] | None = None) -> ModelFacts:
+def read(config: Any, attention: Mapping[int, int | None] | None = None) -> ModelFacts:
     """Facts of a transformers config, or of its text part.
 
     Args:
         config: of the model.
-        attention: layers that have attention; `None` for all.
+        attention: layers that have attention, with their query heads where these are known; `None` for all layers.
 
     Raises:
         UnsupportedError: for a family that cannot be steered.
@@ -94,19 +99,28 @@ def read(config: Any, attention: Collection[int] | None = None) -> ModelFacts:
     family = text.model_type
     if family in REFUSED:
         raise refuse(f"model family {family!r}", REFUSED[family])
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None):
+    # "vision": image tokens alone see later ones, as their mask says.
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise refuse(f"{family} with bidirectional attention", "cannot be steered; only causal models can")
     layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
     if not isinstance(layers, int) or not isinstance(heads, int):
         raise refuse(f"model family {family!r}", f"has num_hidden_layers={layers}, num_attention_heads={heads}")
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    on = [attention is None or layer in attention for layer in range(layers)]
-    label = getattr(config, "_name_or_path", "") or family
+    own = getattr(text, "num_attention_heads_per_layer", None) or [heads] * layers
+    given = dict.fromkeys(range(layers)) if attention is None else attention
+    kinds = tuple(getattr(text, "layer_types", None) or ())
     return ModelFacts(
-        label,
+        getattr(config, "_name_or_path", "") or family,
         family,
         layers,
-        tuple(heads * here for here in on),
-        tuple(kv_heads * here for here in on),
-        tuple(getattr(text, "layer_types", None) or ()),
+        tuple(given[layer] or own[layer] if layer in given else 0 for layer in range(layers)),
+        tuple(kv_heads if layer in given else 0 for layer in range(layers)),
+        kinds,
+        _shared(kinds, layers - (getattr(text, "num_kv_shared_layers", None) or 0)),
     )
+
+
+def _shared(kinds: tuple[str, ...], first: int) -> dict[int, int]:
+    """From layer `first` on, each layer attends to the keys of the last earlier layer of its kind."""
+    sources = {kind: layer for layer, kind in enumerate(kinds[:first])}
+    return {layer: sources[kind] for layer, kind in enumerate(kinds) if layer >= first and kind in sources}

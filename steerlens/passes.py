@@ -7,6 +7,7 @@ Shapes: B batch rows, H query heads, Tq query rows of this forward, Tk keys of a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,6 +198,12 @@ class Pass:
     def whole_prompt(self) -> bool:
         """Whether every prompt row is in this forward."""
         return self.q_offset == 0 and self.columns >= self.prompt.width
+
+    def last(self, rows: int) -> Pass:
+        """This forward for a layer that computes its last `rows` query rows alone."""
+        if rows >= self.q_len:
+            return self
+        return dataclasses.replace(self, q_offset=self.columns - rows, q_len=rows, memo={})
 
     def rows(self, phase: Phase) -> torch.Tensor | None:
         """Query rows of a phase, bool [B, Tq]; `None` for all of them."""

@@ -116,7 +116,7 @@ def _forwards(base: Any, device: torch.device) -> list[torch.Tensor]:
     mask[1, :PADS] = 0
     ids, mask = ids.to(device), mask.to(device)
     first = base(input_ids=ids[:, :COLUMNS], attention_mask=mask[:, :COLUMNS], use_cache=True)
-    cache, prefill = first.past_key_values, first[0].clone()
+    cache, prefill = getattr(first, "past_key_values", None), first[0].clone()
     prefill[1, :PADS] = 0
     if cache is None:
         return [prefill]

@@ -10,7 +10,7 @@ from small_models import FAMILIES, NO_SDPA, build
 from transformers import DynamicCache, StaticCache
 
 import steerlens
-from steerlens import backends, engine
+from steerlens import backends, decoder, engine
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, PromptKeys, Reweight, Scale
@@ -40,12 +40,23 @@ SPANS = {
 }
 
 
+CORE = ("llama-gqa", "gpt2", "mistral", "gemma2", "gpt_oss", "qwen3_next", "deepseek_v3", "llama4")
 GRID = [
-    pytest.param(family, native, id=f"{family}-{native}")
+    # In the small grid every family runs on one native attention, and those unlike each other on both.
+    pytest.param(
+        family,
+        native,
+        id=f"{family}-{native}",
+        marks=() if native == "sdpa" or family in CORE else pytest.mark.full,
+    )
     for family in FAMILIES
     for native in ("sdpa", "eager")
     if family not in NO_SDPA or native == "eager"
 ]
+
+
+def native_of(family):
+    return "eager" if family in NO_SDPA else "sdpa"
 
 
 def method_of(name, family):
@@ -172,38 +183,50 @@ def generate(model, methods, spans, ids, mask, backend="auto", **options):
         )
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["zerotuning", "pasta", "headmask"])
 def test_causal_methods_look_at_nothing_later(family, name, model_of, prompts):
-    model, (ids, mask) = model_of(family), prompts(None)
+    model, (ids, mask), method = model_of(family, native_of(family)), prompts(None), method_of(name, family)
     changed = ids.clone()
     changed[:, 15:] = 5
-    one, two = (logits(model, t, mask, METHODS[name], SPANS[None]) for t in (ids, changed))
-    assert METHODS[name].causal and apart(two[:, :15], one[:, :15]) < 1e-5
+    one, two = (logits(model, t, mask, method, SPANS[None]) for t in (ids, changed))
+    assert method.causal and apart(two[:, :15], one[:, :15]) < 1e-5
     assert not ACT.causal
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_two_heads_of_one_kv_group(backend, model_of, prompts):
-    """Heads 0..3 share a key/value head; steering head 1 leaves the outputs of the others as they are."""
-    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+WINDOWED = {
+    **dict.fromkeys(("mistral", "mixtral", "phi3"), {}),
+    **dict.fromkeys(("gemma2", "gemma3", "gpt_oss", "cohere2"), {"layer_types": ["sliding_attention"]}),
+}
+OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_heads_of_one_kv_group(family, backend, model_of, prompts):
+    """Heads 0 and 1 share a key/value head; steering head 1 leaves the outputs of all others as they are."""
+    model, (ids, mask), first = model_of(family, native_of(family)), prompts("left"), int(family == "qwen3_next")
+    _, modules = decoder.read(decoder.find(model))
+    projection = next(getattr(modules[first], name) for name in OUTPUT if hasattr(modules[first], name))
     seen = {}
-    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen.setdefault("x", a[0]))
-    outputs = []
-    for methods in ((), ZeroTuning(4.0, heads={0: [1]}), ACT(0.0, 0.05, heads={0: [1]}), HeadMask({0: [1]})):
+    hook = projection.register_forward_pre_hook(lambda m, a: seen.setdefault("x", a[0]))
+    outputs, heads = [], {first: [1]}
+    for methods in ((), ZeroTuning(4.0, heads=heads), ACT(0.0, 0.05, heads=heads), HeadMask(heads)):
         seen.clear()
         logits(model, ids, mask, methods, backend=backend)
-        outputs.append(seen["x"].unflatten(-1, (8, 8))[mask.bool()])
+        outputs.append(seen["x"].reshape(*ids.shape, 8, -1)[mask.bool()])
     hook.remove()
     for steered in outputs[1:]:
         assert apart(steered[:, [0, 2, 3, 4, 5, 6, 7]], outputs[0][:, [0, 2, 3, 4, 5, 6, 7]]) < 1e-5
         assert apart(steered[:, 1], outputs[0][:, 1]) > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_a_key_outside_the_window_is_a_no_op(backend, model_of, prompts):
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("family", [*WINDOWED, "llama4"])
+def test_a_key_outside_the_window_is_a_no_op(family, backend, prompts):
     """Window 12 of 30 tokens: late rows of a one-layer model no longer see token 0, and nothing is NaN."""
-    model = build("mistral", num_hidden_layers=1)
+    layer = WINDOWED.get(family, {"no_rope_layers": [1]})
+    model = build(family, native_of(family), num_hidden_layers=1, **layer)
     ids, mask = prompts(None, lengths=(30, 30))
     base, steered = (logits(model, ids, mask, m, backend=backend) for m in ((), ZeroTuning(9.0)))
     assert apart(steered[:, 12:], base[:, 12:]) < 1e-6
@@ -243,11 +266,11 @@ def test_repeated_rows(name, options, model_of, prompts):
         assert torch.equal(together[returns : 2 * returns, 7:], alone)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
-@pytest.mark.parametrize("name", [*METHODS, "act-running"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["act-running", "act", "composed", "headmask"])
 def test_static_cache_is_the_dynamic_one(family, name, model_of, prompts):
-    model, (ids, mask) = model_of(family), prompts("left")
-    method = METHODS.get(name) or ACT(0.3, 0.08, decode="running")
+    model, (ids, mask) = model_of(family, native_of(family)), prompts("left")
+    method = method_of(name, family) if name in METHODS else ACT(0.3, 0.08, decode="running")
     plain = generate(model, method, SPANS["left"], ids, mask)
     static = generate(model, method, SPANS["left"], ids, mask, cache_implementation="static")
     assert torch.equal(plain.sequences, static.sequences)

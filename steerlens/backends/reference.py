@@ -1,9 +1,12 @@
 """The definition: attention weights written out in fp32, edited one after the other, applied to V.
 
+Edits act on the logarithms of the weights: a weight too small for fp32 is still a share of what lies outside a set.
 Query rows are taken in blocks, so memory is O(block·Tk) and the result is the same; with one block it is the textbook.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +42,18 @@ def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | N
     """
     everything = list(range(call.query.shape[1]))
     wanted = everything if heads is None else heads
-    a = _with_sinks(logits(call, rows, wanted), call, wanted).softmax(-1)
-    a = a.nan_to_num(0.0)  # a row that sees no key: a pad
+    x = _with_sinks(logits(call, rows, wanted), call, wanted)
+    seen = (x > -torch.inf).any(-1, keepdim=True)  # a pad sees no key
+    x = torch.where(seen, x, 0).log_softmax(-1)
     more = 0 if call.sinks is None else 1
     for edit in edits:
         if isinstance(edit, Bias):
-            a = _scale(a, edit, rows, wanted, more)
+            x = _scale(x, edit, rows, wanted, more)
         elif isinstance(edit, Kept):
-            a = _keep(a, edit, rows, wanted, more)
-        elif isinstance(edit, Cut):
+            x = _keep(x, edit, rows, wanted, more)
+    a = x.exp() * seen
+    for edit in edits:
+        if isinstance(edit, Cut):
             visible = F.pad(call.visible(rows), (0, more)).to(a.dtype)
             visible = visible if visible.shape[1] == 1 else visible[:, wanted]
             flat = visible / visible.sum(-1, keepdim=True).clamp(min=1)
@@ -130,37 +136,30 @@ def blocks(call: Call, budget: int | None = None, heads: int | None = None) -> l
     return [slice(i, min(i + size, call.query.shape[2])) for i in range(0, call.query.shape[2], size)]
 
 
-def _scale(a: torch.Tensor, edit: Bias, rows: slice, heads: list[int], more: int) -> torch.Tensor:
-    u = edit.weights[:, heads].to(a.dtype)
-    u = u if u.shape[-1] == 1 else u[..., rows]
-    u = u[..., None]
-    # w and 1, divided by the larger of the two: the ratio is what counts, and neither may overflow.
-    factor = torch.where(
-        F.pad(edit.keys, (0, more))[:, None, None], (u - u.clamp(min=0)).exp(), (-u.clamp(min=0)).exp()
-    )
-    scaled = a * factor
-    total = scaled.sum(-1, keepdim=True)
-    # No weight left in fp32: the row sees scaled keys alone, whose ratios stay.
-    return torch.where((u == 0) | (total == 0), a, scaled / torch.where(total > 0, total, 1))
+def _scale(x: torch.Tensor, edit: Bias, rows: slice, heads: list[int], more: int) -> torch.Tensor:
+    u = edit.weights[:, heads].to(x.dtype)
+    u = (u if u.shape[-1] == 1 else u[..., rows])[..., None]
+    keys = F.pad(edit.keys, (0, more))[:, None, None]
+    return torch.where(u == 0, x, (x + u * keys).log_softmax(-1))
 
 
-def _keep(a: torch.Tensor, kept: Kept, rows: slice, heads: list[int], more: int) -> torch.Tensor:
-    edit, dtype = kept.edit, a.dtype
+def _keep(x: torch.Tensor, kept: Kept, rows: slice, heads: list[int], more: int) -> torch.Tensor:
+    edit = kept.edit
     place = {head: i for i, head in enumerate(edit.heads)}
     chosen = [i for i, head in enumerate(heads) if head in place]
     if not chosen:
-        return a
+        return x
     inside = F.pad(kept.keys[:, [place[heads[i]] for i in chosen]], (0, more))[:, :, None]
-    old = a[:, chosen]
-    mass_in = (old * inside).sum(-1, keepdim=True)
-    mass_out = (old * ~inside).sum(-1, keepdim=True)
-    gain = (1 - edit.fraction * mass_in) / torch.where(mass_out > 0, mass_out, 1)
-    new = torch.where(inside, edit.fraction * old, gain.to(dtype) * old)
-    applies = mass_out > 0
+    old = x[:, chosen]
+    applies = ((old > -torch.inf) & ~inside).any(-1, keepdim=True)
     if edit.rows is not None:
         applies = applies & edit.rows[:, None, rows, None]
-    new = torch.where(applies, new, old)
-    return a.index_copy(1, torch.tensor(chosen, device=a.device), new)
+    outside = old.masked_fill(inside & applies, -torch.inf).logsumexp(-1, keepdim=True)
+    mass = (old.exp() * inside).sum(-1, keepdim=True)
+    less = math.log(edit.fraction) if edit.fraction > 0 else -torch.inf
+    rest = (1 - edit.fraction * mass.clamp(max=1)).log() - outside
+    new = torch.where(applies, torch.where(inside, old + less, old + rest), old)
+    return x.index_copy(1, torch.tensor(chosen, device=x.device), new)
 
 
 def _times_value(a: torch.Tensor, call: Call) -> torch.Tensor:
