@@ -195,8 +195,8 @@ def test_causal_methods_look_at_nothing_later(family, name, model_of, prompts):
 
 
 WINDOWED = {
-    **dict.fromkeys(("mistral", "mixtral", "phi3"), {}),
-    **dict.fromkeys(("gemma2", "gemma3", "gpt_oss", "cohere2"), {"layer_types": ["sliding_attention"]}),
+    **{family: {} for family in ("mistral", "mixtral", "phi3")},
+    **{family: {"layer_types": ["sliding_attention"]} for family in ("gemma2", "gemma3", "gpt_oss", "cohere2")},
 }
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
 
