@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import backends, decoder, selfcheck
+from steerlens import backends, caches, decoder, selfcheck
 from steerlens.backends.call import Call, canonical, is_causal_padding
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
@@ -223,9 +223,7 @@ class Engine(Guarded):
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if tokens is None:
             return
-        cache = given.get("past_key_values")
-        if cache is not None and not isinstance(cache, Cache):
-            raise UnsupportedError(f"past_key_values is a {type(cache).__name__}; steering needs a transformers Cache")
+        cache = caches.find(given)
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, length = tokens.shape[:2]
         _refuse_packed(given, cache)
@@ -305,8 +303,8 @@ class Engine(Guarded):
         now, self.current, self._running = self.current, None, None
         if now is None or output is None:  # no output: the forward raised
             return
-        cache = getattr(output, "past_key_values", None)
-        if isinstance(cache, Cache) and cache not in self.prompts:
+        cache = caches.find(output) if isinstance(output, Mapping) else None
+        if cache is not None and cache not in self.prompts:
             follow(self.prompts, cache, (self.scope, now.prompt))
         if self.scope is None:
             self.judge()

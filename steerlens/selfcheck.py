@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from steerlens import caches
 from steerlens.edits import FirstToken, Plan, Reweight, Scale
 from steerlens.errors import NotReachedError, UnsupportedError
 from steerlens.facts import TESTED, ModelFacts, refuse
@@ -116,11 +117,11 @@ def _forwards(base: Any, device: torch.device) -> list[torch.Tensor]:
     mask[1, :PADS] = 0
     ids, mask = ids.to(device), mask.to(device)
     first = base(input_ids=ids[:, :COLUMNS], attention_mask=mask[:, :COLUMNS], use_cache=True)
-    cache, prefill = getattr(first, "past_key_values", None), first[0].clone()
+    cache, prefill = caches.find(first), first[0].clone()
     prefill[1, :PADS] = 0
     if cache is None:
         return [prefill]
-    step = base(input_ids=ids[:, COLUMNS:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    step = base(input_ids=ids[:, COLUMNS:], attention_mask=mask, **{caches.NAME: cache}, use_cache=True)
     return [prefill, step[0]]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from steerlens import models
+from steerlens import caches, models
 from steerlens.attach import steer
 from steerlens.bench import cases, machine, model, peers, timing
 from steerlens.bench.cases import Case
@@ -237,10 +237,10 @@ def _logits(
     """Logits [B, T, V] of a prefill of all tokens but two and two cached steps."""
     cache = DynamicCache(config=subject.config)
     prompt = ids.shape[1] - 2
-    found = [subject(ids[:, :prompt], past_key_values=cache, use_cache=True, **(extra or {})).logits]
+    found = [subject(ids[:, :prompt], **{caches.NAME: cache}, use_cache=True, **(extra or {})).logits]
     for seen in range(prompt, ids.shape[1]):
         token = ids[:, seen : seen + 1]
-        found.append(subject(token, past_key_values=cache, use_cache=True, **step(seen)).logits)
+        found.append(subject(token, **{caches.NAME: cache}, use_cache=True, **step(seen)).logits)
     return torch.cat(found, 1)
 
 

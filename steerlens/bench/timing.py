@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from steerlens import caches
+
 Timed = Callable[[], float]
 """Runs once and returns its seconds."""
 Extra = Callable[[int], dict[str, Any]]
@@ -30,7 +32,7 @@ class Prefill:
     def __call__(self) -> float:
         cache = DynamicCache(config=self.model.config)
         return clock(
-            lambda: self.model(self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **self.extra),
+            lambda: self.model(self.ids, **{caches.NAME: cache}, use_cache=True, logits_to_keep=1, **self.extra),
             self.ids.device,
         )
 
@@ -52,7 +54,7 @@ class Decode:
         self.token = ids[:, -1:]
         self.cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            (prefilled or model)(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            (prefilled or model)(ids, **{caches.NAME: self.cache}, use_cache=True, logits_to_keep=1)
 
     def __call__(self) -> float:
         if self.done == self.steps:
@@ -61,7 +63,7 @@ class Decode:
         extra = self.extra(self.prompt + self.done)
         self.done += 1
         return clock(
-            lambda: self.model(self.token, past_key_values=self.cache, use_cache=True, **extra),
+            lambda: self.model(self.token, **{caches.NAME: self.cache}, use_cache=True, **extra),
             self.token.device,
         )
 
