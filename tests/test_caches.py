@@ -93,18 +93,24 @@ class TestCaches:
         else:
             axis = int(backend == "hqq")
             options |= {"nbits": 4, "q_group_size": 32, "residual_length": 4, "axis_key": axis, "axis_value": axis}
-        options = {"cache_implementation": "quantized", "cache_config": options}
+
+        def generated(*args, **more):
+            # transformers 5.10 takes the backend out of the cache_config that it is given.
+            return greedy(*args, cache_implementation="quantized", cache_config=dict(options), **more)
+
         ids, mask = prompts("left")
         method = method_of(name)
-        got = generate(model, method, SPANS, ids, mask, **options)
+        with steerlens.steer(model, method, SPANS):
+            got = generated(model, ids, mask)
         layers = got.past_key_values.layers
         assert all(layer._quantized_keys is not None and layer.get_seq_length() == 27 for layer in layers)
         assert backend == "fp8" or all(isinstance(layer, QuantizedLayer) for layer in layers)
-        assert_same(got, generate(model, method, SPANS, ids, mask, backend="reference", **options))
+        with steerlens.steer(model, method, SPANS, backend="reference"):
+            assert_same(got, generated(model, ids, mask))
         dynamic = generate(model, method, SPANS, ids, mask)
         assert apart(got.logits[0], dynamic.logits[0]) < 1e-5
         assert apart(got.logits[1], dynamic.logits[1]) > 1e-4  # it is quantised
-        plain = greedy(model, ids, mask, **options)
+        plain = generated(model, ids, mask)
         assert all(apart(a, b) > 1e-3 for a, b in zip(got.logits, plain.logits, strict=True))
 
     @pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
@@ -149,13 +155,17 @@ class TestTurns:
         cache = StaticCache(config=model.config, max_cache_len=64) if kind == "static" else DynamicCache()
         ids, mask = self.talk(model, method, cache, prompts)
         spans = [[*SPANS[0], (29, 33)], [(30, 32)], [(12, 14)]]
-        seen, options = cache.get_seq_length(), {"prefill_chunk_size": 4} if kind == "chunked" else {}
-        expected = generate(model, method, spans, ids, mask)
-        new = ids[:, seen:] if only_new else ids
+        options = {"prefill_chunk_size": 4} if kind == "chunked" else {}
+        new = ids[:, cache.get_seq_length() :] if only_new else ids
+        expected, plain = generate(model, method, spans, ids, mask), greedy(model, ids, mask)
+        if kind == "chunked":
+            native = greedy(model, new, mask, past_key_values=copy.deepcopy(cache), **options)
+            if apart(native.logits, plain.logits) > 1e-3:
+                pytest.skip("this transformers feeds chunks of a prompt again that its cache holds, unsteered too")
         got = generate(model, method, spans, new, mask, past_key_values=cache, **options)
         assert torch.equal(got.sequences[:, -8:], expected.sequences[:, -8:])
         assert apart(got.logits, expected.logits) < 1e-4
-        assert apart(got.logits, greedy(model, ids, mask).logits) > 1e-3
+        assert apart(got.logits, plain.logits) > 1e-3
 
     @pytest.mark.parametrize("name", CAUSAL)
     def test_is_the_law_on_the_old_cache(self, name, model, prompts):
