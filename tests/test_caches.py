@@ -134,17 +134,18 @@ class TestCaches:
 class TestTurns:
     """A later prompt on an old cache. Old keys stay as they were computed; spans count columns of the whole text."""
 
-    def talk(self, model, method, cache, prompts):
+    def talk(self, model, cache, prompts):
         """The first turn on `cache`: its whole text with the next prompt behind it, and the mask."""
         ids, mask = prompts("left")
-        first = generate(model, method, SPANS, ids, mask, past_key_values=cache)
+        first = greedy(model, ids, mask, past_key_values=cache)
         following = prompts(None, lengths=(6, 6, 6), seed=9)[0]
         return torch.cat([first.sequences, following], 1), whole(mask, 14)
 
+    @pytest.mark.parametrize("contexts", [1, 2])
     @pytest.mark.parametrize("only_new", [False, True])
     @pytest.mark.parametrize("kind", ["dynamic", "static", "chunked"])
     @pytest.mark.parametrize("name", [*CAUSAL, "uniform"])
-    def test_one_layer_is_recomputation(self, name, kind, only_new, prompts):
+    def test_one_layer_is_recomputation(self, name, kind, only_new, contexts, prompts):
         """The keys of a first layer do not depend on the steering, so an old cache changes nothing there."""
         model = build("llama-gqa", num_hidden_layers=1)
         method = HeadMask({0: [1, 4]}) if name == "uniform" else METHODS[name]
@@ -153,16 +154,20 @@ class TestTurns:
         elif name == "headmask":
             method = HeadMask({0: "*"}, phase="decode")
         cache = StaticCache(config=model.config, max_cache_len=64) if kind == "static" else DynamicCache()
-        ids, mask = self.talk(model, method, cache, prompts)
-        spans = [[*SPANS[0], (29, 33)], [(30, 32)], [(12, 14)]]
-        options = {"prefill_chunk_size": 4} if kind == "chunked" else {}
-        new = ids[:, cache.get_seq_length() :] if only_new else ids
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(steerlens.steer(model, method, SPANS))
+            ids, mask = self.talk(model, cache, prompts)
+            options = {"prefill_chunk_size": 4} if kind == "chunked" else {}
+            new, kept, spans = ids[:, cache.get_seq_length() :] if only_new else ids, copy.deepcopy(cache), SPANS
+            if contexts == 2:
+                stack.pop_all().close()
+                spans = [[*SPANS[0], (29, 33)], [(30, 32)], [(12, 14)]]
+                stack.enter_context(steerlens.steer(model, method, spans))
+            got = greedy(model, new, mask, past_key_values=cache, **options)
         expected, plain = generate(model, method, spans, ids, mask), greedy(model, ids, mask)
-        if kind == "chunked":
-            native = greedy(model, new, mask, past_key_values=copy.deepcopy(cache), **options)
-            if apart(native.logits, plain.logits) > 1e-3:
-                pytest.skip("this transformers feeds chunks of a prompt again that its cache holds, unsteered too")
-        got = generate(model, method, spans, new, mask, past_key_values=cache, **options)
+        native = greedy(model, new, mask, past_key_values=kept, **options)
+        if kind == "chunked" and apart(native.logits, plain.logits) > 1e-3:
+            pytest.skip("this transformers feeds chunks of a prompt again that its cache holds, unsteered too")
         assert torch.equal(got.sequences[:, -8:], expected.sequences[:, -8:])
         assert apart(got.logits, expected.logits) < 1e-4
         assert apart(got.logits, plain.logits) > 1e-3
@@ -171,7 +176,8 @@ class TestTurns:
     def test_is_the_law_on_the_old_cache(self, name, model, prompts):
         """Against forwards by hand on a copy, of which the steering never saw the first turn."""
         cache = DynamicCache()
-        ids, mask = self.talk(model, METHODS[name], cache, prompts)
+        with steerlens.steer(model, METHODS[name], SPANS):
+            ids, mask = self.talk(model, cache, prompts)
         kept, spans = copy.deepcopy(cache), [[(29, 33)], [(30, 32)], [(12, 14)]]
         got = generate(model, METHODS[name], spans, ids, mask, past_key_values=cache)
         logits, new, seen = [], ids[:, kept.get_seq_length() :], mask
@@ -186,14 +192,15 @@ class TestTurns:
     @pytest.mark.parametrize("method", [METHODS["act"], RUNNING], ids=["frozen", "running"])
     def test_act_refuses_an_old_cache(self, method, model, prompts):
         cache = DynamicCache()
-        ids, mask = self.talk(model, method, cache, prompts)
-        with pytest.raises(UnsupportedError, match="no reused prefix"):
-            generate(model, method, SPANS, ids, mask, past_key_values=cache)
+        with steerlens.steer(model, method):
+            ids, mask = self.talk(model, cache, prompts)
+            with pytest.raises(UnsupportedError, match="no reused prefix"):
+                greedy(model, ids, mask, past_key_values=cache)
 
     def test_spans_of_other_inputs(self, model, prompts):
         """Spans that were resolved on the new tokens alone count from the wrong column."""
         cache = DynamicCache()
-        ids, mask = self.talk(model, METHODS["pasta"], cache, prompts)
+        ids, mask = self.talk(model, cache, prompts)
         new = ids[:, cache.get_seq_length() :]
         spans = Spans(groups={"emphasis": (((1, 3),),) * 3}, fingerprint=digests(new, None))
         with pytest.raises(SpanError, match="not what the spans were resolved on"):

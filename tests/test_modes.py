@@ -107,14 +107,15 @@ class TestGuidance:
             plain = greedy(model, row)
         assert_same(plain, generate(model, METHODS["zerotuning"], None, row))
 
-    def test_another_prompt_on_a_cache_of_its_own_is_refused(self, model, row):
+    @pytest.mark.parametrize("held", [9, 24])
+    def test_another_prompt_on_a_cache_of_its_own_is_refused(self, held, model, row):
         with torch.no_grad():
-            cache = model(row[:, :9]).past_key_values
+            cache = model(torch.cat([row, row], 1)[:, :held]).past_key_values
 
         def processor(tokens, scores):
             return scores + model(row[:, 9:12], past_key_values=cache).logits[:, -1]
 
-        refused = pytest.raises(UnsupportedError, match="3 columns on a cache of 9")
+        refused = pytest.raises(UnsupportedError, match=f"3 columns on a cache of {held}")
         with steerlens.steer(model, METHODS["zerotuning"]), refused:
             greedy(model, row, logits_processor=LogitsProcessorList([processor]))
 
@@ -146,6 +147,17 @@ class TestAssisted:
         plain = generate(model, METHODS[name], spans, row, **options)
         assert_same(generate(model, METHODS[name], spans, row, **options, **self.draft(kind, model, drafters)), plain)
         assert not torch.equal(plain.sequences, greedy(model, row, **options).sequences)
+
+    @pytest.mark.parametrize("kind", ["small", "itself", "early exit"])
+    @pytest.mark.parametrize("family", ["mistral", "gemma2"])
+    @pytest.mark.parametrize("name", ["pasta", "composed"])
+    def test_windows_record_what_is_cropped(self, name, family, kind, model_of, row):
+        """Sliding-window caches keep more keys than the window while drafts may be taken back."""
+        native = "eager" if family == "gemma2" else "sdpa"
+        model, drafters = model_of(family, native), {"small": build(family, native, num_hidden_layers=1)}
+        options, spans = {"max_new_tokens": 12, "eos_token_id": 1}, [[(9, 12)]]
+        plain = generate(model, METHODS[name], spans, row, **options)
+        assert_same(generate(model, METHODS[name], spans, row, **options, **self.draft(kind, model, drafters)), plain)
 
     @pytest.mark.parametrize("kind", ["itself", "early exit"])
     def test_drafts_with_the_steered_model_are_native(self, kind, model, row, drafters):
