@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import importlib.util
+import importlib.metadata
 
 import pytest
 import torch
@@ -20,8 +20,7 @@ from modes import (
     whole,
 )
 from small_models import build
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.generation import configuration_utils
 
 import steerlens
@@ -82,13 +81,12 @@ class TestCaches:
     @pytest.mark.parametrize("name", [*METHODS, "running"])
     def test_quantised(self, backend, name, model, prompts):
         """The law on the same cache: the prompt's step is that of any cache, and the definition agrees after it."""
-        package = {"quanto": "optimum.quanto", "hqq": "hqq"}.get(backend)
-        found = package is None or importlib.util.find_spec(package.partition(".")[0]) is not None
-        if not (found and (package is None or importlib.util.find_spec(package) is not None)):
-            pytest.skip(f"the package {package.replace('.', '-')} is not installed")
+        package = {"quanto": "optimum-quanto", "hqq": "hqq"}.get(backend)
+        if package is not None and not any(importlib.metadata.distributions(name=package)):
+            pytest.skip(f"the package {package} is not installed")
         options = {"backend": backend}
         if backend == "fp8":
-            if not hasattr(importlib.import_module("transformers.cache_utils"), "Fp8QuantizedLayer"):
+            if not hasattr(cache_utils, "Fp8QuantizedLayer"):
                 pytest.skip("this transformers has no fp8 cache")
         else:
             axis = int(backend == "hqq")
@@ -104,7 +102,7 @@ class TestCaches:
             got = generated(model, ids, mask)
         layers = got.past_key_values.layers
         assert all(layer._quantized_keys is not None and layer.get_seq_length() == 27 for layer in layers)
-        assert backend == "fp8" or all(isinstance(layer, QuantizedLayer) for layer in layers)
+        assert backend == "fp8" or all(isinstance(layer, cache_utils.QuantizedLayer) for layer in layers)
         with steerlens.steer(model, method, SPANS, backend="reference"):
             assert_same(got, generated(model, ids, mask))
         dynamic = generate(model, method, SPANS, ids, mask)
