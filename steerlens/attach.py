@@ -31,6 +31,13 @@ def steer(
 ) -> Steering:
     """Steer a model's attention; use as a context manager, or call `attach()` and `detach()`.
 
+    The prompt is what `generate` is given. On a cache of an earlier turn it is the whole text, whose padded columns the
+    spans count, while the cached keys stay as they were computed. With `guidance_scale` the conditional branch is
+    steered; the unconditional one is another prompt and runs unsteered. With an assistant (`assistant_model`, the
+    steered model too, or `assistant_early_exit`) the target alone is steered.
+    A bare forward with an empty cache is all prompt. What follows on that cache counts as generated, unless
+    `prompt_lengths` says otherwise; on a cache that was filled unsteered, the prompt is the prefix and this forward.
+
     Args:
         model: a transformers decoder model (with or without its head). It is changed in place and as it was on exit.
         methods: a method, a list of methods in order of composition, or a recipe.

@@ -213,6 +213,8 @@ class Engine(Guarded):
 
     @outside_graphs
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.scope is not None and self.scope.native:
+            return
         if self._running not in (None, threading.get_ident()) and self._busy():
             raise SteeringStateError(
                 f"two threads run the steered model at once ({self.describe()}): a model holds one forward at a time"
@@ -269,11 +271,8 @@ class Engine(Guarded):
         expand = 1 if scope is None else scope.expand
         self._check_rows(batch, expand, None if seen and scope is None else ids, given)
         width = seen + length if scope is None else scope.width
-        if scope is not None and seen + length < width and not scope.chunked and cache is not None and not seen:
-            raise UnsupportedError(
-                f"generate runs a forward of {length} columns on an empty cache beside its prompt of {width}: what its "
-                "prompt is cannot be told (several prompts inside one generate); generate unsteered"
-            )
+        if scope is not None:
+            scope.check(tokens, seen)
         real = None if mask is None else mask.bool()
         if given is not None and given.shape[1] >= width:
             real = given.bool().repeat_interleave(batch // given.shape[0], 0)
@@ -337,6 +336,8 @@ class Engine(Guarded):
         extra: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Steered attention of one module: output [B, Tq, H, Dv], and the weights if the reference was asked."""
+        if self.scope is not None and self.scope.native:
+            return site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
         now = self.current
         if now is None:
             raise SteeringStateError(

@@ -565,10 +565,6 @@ class TestGenerateArguments:
                 plain = model_of(family).generate(ids, **options)
                 assert torch.equal(model_of(family).generate(ids, prompt_lookup_num_tokens=5, **options), plain)
 
-    def test_a_second_prompt_inside_is_refused(self, model, prompts):
-        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="guidance_scale=3"):
-            model.generate(prompts()[0], max_new_tokens=3, guidance_scale=3.0)
-
     def test_chunks_by_hand(self, model, prompts):
         """With `prompt_lengths` the prompt may come in several bare forwards."""
         ids, _ = prompts(None, lengths=(20,))
