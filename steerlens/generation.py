@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.cache_utils import Cache
 
+from steerlens import caches
 from steerlens.errors import SteeringStateError, UnsupportedError
 from steerlens.methods.base import DecodingMethod, PromptMethod
 
@@ -54,11 +54,11 @@ class Scope:
             )
         names = ("inputs_embeds", "inputs", "input_ids")
         tokens = next((arguments[name] for name in names if isinstance(arguments.get(name), torch.Tensor)), None)
-        mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+        mask, cache = arguments.get("attention_mask"), caches.find(arguments)
         self.width = 1 if tokens is None else tokens.shape[1]
         self.ids = None if tokens is None or tokens.is_floating_point() else tokens
         self.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        if self.mask is not None and isinstance(cache, Cache) and cache.get_seq_length():
+        if self.mask is not None and cache is not None and cache.get_seq_length():
             self.width = max(self.width, self.mask.shape[1])  # ids may be those alone that the cache lacks
         self.beams = (option("num_beams") or 1) > 1
         self.expand = max(option("num_beams") or 1, option("num_return_sequences") or 1)

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import steerlens
+from steerlens import caches
 from steerlens.errors import UnsupportedError
 
 
@@ -203,7 +204,7 @@ class TestAssisted:
 def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     """A greedy `custom_generate`."""
     prompt = input_ids.shape[1]
-    mask, cache, new = kwargs.get("attention_mask"), kwargs["past_key_values"], input_ids
+    mask, cache, new = kwargs.get("attention_mask"), kwargs[caches.NAME], input_ids
     mask = torch.ones_like(input_ids) if mask is None else mask
     while input_ids.shape[1] < prompt + generation_config.max_new_tokens:
         at = positions(mask)[:, -new.shape[1] :]
@@ -215,7 +216,7 @@ def loop(model, input_ids, logits_processor, stopping_criteria, generation_confi
 
 def contrastive(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     """A `custom_generate` that tries the two best tokens on a repeated cache and keeps the second if it is odd."""
-    cache, prompt = kwargs["past_key_values"], input_ids.shape[1]
+    cache, prompt = kwargs[caches.NAME], input_ids.shape[1]
     out = model(input_ids, past_key_values=cache)
     while input_ids.shape[1] < prompt + generation_config.max_new_tokens:
         two = out.logits[:, -1].topk(2).indices

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 from small_models import build
 from test_invariants import apart
 
@@ -70,6 +70,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.attached) < 4)
     @rule(target=contexts, method=st.sampled_from(METHODS))
     def attach(self, method):
+        if isinstance(method, ACT) and any(isinstance(context.methods[0], ACT) for _, context in self.attached):
+            return multiple()  # the second finds its sinks in what the first left
         self.number += 1
         self.attached.append((self.number, steerlens.steer(MODEL, method, SPANS).attach()))
         return self.number
