@@ -8,7 +8,6 @@ so a `generate` that a streamer runs in another thread is steered too.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import sys
 import threading
@@ -30,6 +29,7 @@ from steerlens.follow import follow, release
 from steerlens.generation import Scope, Wrapper
 from steerlens.lower import Placed, lower
 from steerlens.passes import Pass, Prompt, fit
+from steerlens.wrapping import EagerForward, outside_graphs
 
 if TYPE_CHECKING:
     from steerlens.attach import Steering
@@ -49,17 +49,6 @@ _UNDERSTOOD = {
     "return_dict",
     "num_items_in_batch",
 }
-
-
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a function out of compiled graphs, at no cost where nothing is being compiled."""
-    disabled = torch.compiler.disable(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-    return call
 
 
 class Guarded:
@@ -109,7 +98,9 @@ class Site(Guarded):
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
-        eager: Any = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
+        # FSDP puts a class of its own before the model's.
+        files = [sys.modules[kind.__module__] for kind in type(self.module).__mro__]
+        eager: Any = next((f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward")), None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         module: Any = self.module
         routed, module.config = module.config, self.config
@@ -139,7 +130,7 @@ class Engine(Guarded):
         self.thread = threading.get_ident()
         self._running: int | None = None
         self._arguments = list(inspect.signature(type(base).forward).parameters)[1:]
-        self._hooks: list[Any] = []
+        self._forward: EagerForward | None = None
 
     @classmethod
     def of(cls, base: torch.nn.Module) -> Engine:
@@ -179,18 +170,20 @@ class Engine(Guarded):
         for known in set(models) - set(self.wrappers):
             self.wrappers[known] = Wrapper(models[known], self)
         active = bool(models)
-        if active and not self._hooks:
-            self._hooks = [
-                self.base.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.base.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-            ]
+        if active and self._forward is None:
+            self._forward = EagerForward(self.base, self.describe(), self._run)
             self.base.__dict__["_steerlens_engine"] = self
         elif not active:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            if self._forward is not None:
+                self._forward.release()
+            self._forward = None
             release(self.prompts)
             self.base.__dict__.pop("_steerlens_engine", None)
+
+    def note_compiled(self) -> None:
+        """Say once that compiled code is asked for but not what runs."""
+        if self._forward is not None:
+            self._forward.note()
 
     @property
     def users(self) -> list[Steering | Record]:
@@ -207,8 +200,17 @@ class Engine(Guarded):
 
     # --- one forward -------------------------------------------------------------------------------------------------
 
-    @outside_graphs
-    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder's forward. Not by hooks: a graph compiled before them would go on without them."""
+        self._begin(args, kwargs)
+        output = None
+        try:
+            output = forward(*args, **kwargs)
+            return output
+        finally:
+            self._end(output)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running not in (None, threading.get_ident()) and self._busy():
             raise SteeringStateError(
                 f"two threads run the steered model at once ({self.describe()}): a model holds one forward at a time"
@@ -292,8 +294,7 @@ class Engine(Guarded):
             if user.spans is not None and ids is not None and not ids.is_floating_point():
                 user.spans.check(ids, mask, longer=self.prompt_lengths is not None)
 
-    @outside_graphs
-    def _end(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end(self, output: Any) -> None:
         if self._running != threading.get_ident():
             return  # a forward that was refused while another thread's goes on
         now, self.current, self._running = self.current, None, None
@@ -339,12 +340,14 @@ class Engine(Guarded):
                 f"layer {site.layer} of {self.facts.name} was called outside a forward of its decoder "
                 "(gradient checkpointing, or the layer alone): call the whole model, and turn checkpointing off"
             )
-        heads = query.shape[1]
+        now = now.on(query.device)
+        heads, placed, first = query.shape[1], site.placed, 0
         if heads != self.facts.heads[site.layer]:
-            raise UnsupportedError(
-                f"layer {site.layer} runs {heads} query heads here, the config says {self.facts.heads[site.layer]}: "
-                "tensor parallelism is not supported yet"
-            )
+            from steerlens import shards
+
+            total, where = self.facts.heads[site.layer], f"layer {site.layer} of {self.facts.name}"
+            first = shards.first_head(site.module, where, total, self.facts.kv_heads[site.layer], query, key)
+            placed = shards.local(placed, first, heads)
         if dropout:
             raise UnsupportedError(f"attention dropout {dropout} is on: steering is exact only in model.eval()")
         unknown = [k for k, v in extra.items() if v is not None and k not in _UNDERSTOOD]
@@ -357,9 +360,10 @@ class Engine(Guarded):
         site.rows += query.shape[0] * query.shape[2]
         site.reached = True
         call = self._call(site, now, query, key, value, mask, scaling, extra)
-        call.edits = lower(site.placed, now, site.layer, heads)
+        call.first = first
+        call.edits = lower(placed, now, site.layer, heads)
         want_weights = bool(extra.get("output_attentions"))
-        if not site.placed:
+        if not placed:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
         elif want_weights and self.backend != "reference":
             raise UnsupportedError(
@@ -405,10 +409,13 @@ class Engine(Guarded):
         plain = now.plain and (window is None or now.columns <= window)
         offset = now.q_offset - start
         if mask is not None and mask.ndim == 4:
-            memo: Hashable = ("mask", mask.data_ptr(), tuple(mask.shape), written)
-            if memo not in now.memo:
-                now.memo[memo] = canonical(mask[..., :written])
-            mask = now.memo[memo]  # type: ignore[assignment]
+            # Layers on a further device are each given a copy of their own: the last one is kept, and known by itself,
+            # as both its address and its id are used again.
+            memo: Hashable = ("mask", window, written)
+            known: Any = now.memo.get(memo)
+            if known is None or known[0] is not mask:
+                known = now.memo[memo] = (mask, canonical(mask[..., :written]))
+            mask = known[1]
         elif mask is not None or (window is not None and written > window):
             memo = ("mask", written, offset, window)
             if memo not in now.memo:

@@ -12,6 +12,7 @@ import torch
 
 from steerlens.errors import SteeringStateError, UnsupportedError
 from steerlens.methods.base import DecodingMethod, PromptMethod
+from steerlens.wrapping import refuse_virtual_tokens
 
 if TYPE_CHECKING:
     from steerlens.engine import Engine
@@ -53,11 +54,13 @@ class Scope:
 
 
 class Wrapper:
-    """`generate` and `set_attn_implementation` of one model instance, replaced until `release`."""
+    """What one model instance calls to generate, compile and switch attention, replaced until `release`."""
+
+    REPLACED = ("generate", "set_attn_implementation", "get_compiled_call")
 
     def __init__(self, model: Any, engine: Engine) -> None:
         self.model = model
-        self.before = {name: model.__dict__.get(name) for name in ("generate", "set_attn_implementation")}
+        self.before = {name: model.__dict__.get(name) for name in self.REPLACED}
         if hasattr(model, "generate"):
             model.__dict__["generate"] = _generate(weakref.ref(model), self.before["generate"], engine)
 
@@ -67,6 +70,13 @@ class Wrapper:
             )
 
         model.__dict__["set_attn_implementation"] = refuse
+        reference: Any = weakref.ref(model)
+
+        def uncompiled(*args: Any, **kwargs: Any) -> Any:
+            engine.note_compiled()
+            return reference().__call__
+
+        model.__dict__["get_compiled_call"] = uncompiled
 
     def release(self) -> None:
         """Give the model what it had."""
@@ -86,6 +96,7 @@ def _generate(model_ref: Any, own: Callable[..., Any] | None, engine: Engine) ->
         original = functools.partial(model_type.generate, model) if own is None else own
         if engine.scope is not None:
             return original(*args, **kwargs)
+        refuse_virtual_tokens(getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None))
         arguments = dict(signature.bind_partial(model, *args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {})
         del arguments[next(iter(signature.parameters))]

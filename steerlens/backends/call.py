@@ -89,6 +89,7 @@ class Call:
         plain: visible means causal and real, nothing else.
         edits: in order; cuts last.
         memo: what calls of one forward share; a `Bias` or `Cut` that two of them have is the same object.
+        first: the model's number of query head 0, other than 0 under tensor parallelism alone.
     """
 
     query: torch.Tensor
@@ -102,6 +103,7 @@ class Call:
     plain: bool
     edits: list[Lowered] = field(default_factory=list)
     memo: dict[Hashable, object] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def groups(self) -> int:
