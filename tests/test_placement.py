@@ -186,6 +186,20 @@ class TestSeveralDevices:
             with steerlens.steer(model, METHODS[method], SPANS), steerlens.steer(spread, METHODS[method], SPANS):
                 assert real_close(both(spread, ids, mask), both(model, ids, mask), mask, 1e-6)
 
+    def test_a_mask_of_its_own_for_one_layer(self, prompts):
+        ids, mask = prompts("left")
+        model = build("llama-gqa")
+
+        def hide(module, args, kwargs):
+            hidden = kwargs["attention_mask"].clone()
+            hidden[..., 9] = False
+            return args, kwargs | {"attention_mask": hidden}
+
+        model.model.layers[1].register_forward_pre_hook(hide, with_kwargs=True)
+        with torch.no_grad(), steerlens.capture(model, [[(9, 10)]] * 3, stats=("mass",)) as record:
+            model(ids, attention_mask=mask)
+        assert record[1].mass[:, :, 10:].max() == 0 and record[2].mass[:, :, 10:].min() > 0
+
     def test_rows_that_move(self):
         """After beams reorder the rows, the copy on the second device is of the new rows."""
         prompt = Prompt.start(4, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool(), 2, FIRST)

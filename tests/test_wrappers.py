@@ -20,6 +20,11 @@ from steerlens import shards
 from steerlens.errors import UnsupportedError
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
+try:
+    import peft
+except ImportError:
+    peft = None
+
 STRONG = ZeroTuning(9.0)
 SPANS = [[(4, 7)], [(9, 12)], [(8, 11)]]
 METHODS = {
@@ -45,9 +50,7 @@ def close(one, other, bound=1e-4):
     return (one - other).abs().max() <= bound * other.abs().max()
 
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install steerlens[dev])")
-
-
+@pytest.mark.skipif(peft is None, reason="peft is not installed (steerlens[dev])")
 class TestPeft:
     def adapted(self):
         """A LoRA model whose adapter does something, and the same weights without PEFT."""
@@ -179,11 +182,12 @@ def ranks(model_folder, tmp_path_factory):
     return [torch.load(output / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-class TestTwoProcesses:
-    @pytest.fixture(scope="class")
-    def alone(self, model_folder):
-        return parallel_ranks.everything(parallel_ranks.load(model_folder, "gqa"))
+@pytest.fixture(scope="module")
+def alone(model_folder):
+    return parallel_ranks.everything(parallel_ranks.load(model_folder, "gqa"))
 
+
+class TestTwoProcesses:
     @pytest.mark.parametrize("backend", ["sdpa", "reference"])
     @pytest.mark.parametrize("case", parallel_ranks.CASES)
     def test_tensor_parallel_heads(self, ranks, alone, case, backend):
