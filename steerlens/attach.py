@@ -33,7 +33,8 @@ def steer(
     """Steer a model's attention; use as a context manager, or call `attach()` and `detach()`.
 
     Args:
-        model: a transformers decoder model (with or without its head). It is changed in place and as it was on exit.
+        model: a transformers decoder model (with or without its head), also inside a PEFT, DDP, FSDP or `torch.compile`
+            wrapper. It is changed in place and as it was on exit; meanwhile it runs uncompiled.
         methods: a method, a list of methods in order of composition, or a recipe.
         spans: `Spans` from `encode`, or per prompt row a list of (start, stop) token ranges in padded columns.
         backend: `auto`, `reference`, `sdpa` or `triton`; a named one never falls back.
