@@ -13,11 +13,12 @@ from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Bias, Call
 from steerlens.edits import Plan, Reweight
 from steerlens.engine import Engine
-from steerlens.errors import MethodError, SpanError, SteeringStateError, UnsupportedError
+from steerlens.errors import MethodError, SpanError, SteeringStateError
 from steerlens.lower import Placed
 from steerlens.methods.base import DecodingMethod, EditMethod, Method, PerRow, PromptMethod
 from steerlens.passes import Pass
 from steerlens.spans import Spans
+from steerlens.wrapping import unwrap
 
 
 def steer(
@@ -39,7 +40,8 @@ def steer(
     `prompt_lengths` says otherwise; on a cache that was filled unsteered, the prompt is the prefix and this forward.
 
     Args:
-        model: a transformers decoder model (with or without its head). It is changed in place and as it was on exit.
+        model: a transformers decoder model (with or without its head), also inside a PEFT, DDP, FSDP or `torch.compile`
+            wrapper. It is changed in place and as it was on exit; meanwhile it runs uncompiled.
         methods: a method, a list of methods in order of composition, or a recipe.
         spans: `Spans` from `encode`, or per prompt row a list of (start, stop) token ranges in padded columns.
         backend: `auto`, `reference`, `sdpa` or `triton`; a named one never falls back.
@@ -179,7 +181,7 @@ class Steering:
         """Per steered layer the attention `calls` and query `rows` (summed over the batch).
 
         With `report="mass"` also `delta_mass`: fp32 [H], mean change of the attention mass on the edited keys, over
-        the real query rows; 0 for heads that were not edited.
+        the real query rows; 0 for heads that were not edited, or that another tensor-parallel process holds.
         """
         counts = self._counts() if self in self._engine.contexts else self._calls
         found: dict[int, dict[str, Any]] = {}
@@ -208,16 +210,18 @@ class Steering:
                 edited |= edit.keys[:, None] & (edit.weights != 0).any(-1)[..., None]
             elif isinstance(edit, reference.Kept):
                 edited[:, edit.edit.heads] |= edit.keys
-        nothing = torch.zeros(H, device=call.query.device), torch.zeros((), device=call.query.device)
+        total_heads, own = self._engine.facts.heads[layer], slice(call.first, call.first + H)
+        nothing = torch.zeros(total_heads, device=call.query.device), torch.zeros((), device=call.query.device)
         total, count = self._mass.get(layer, nothing)
+        here = torch.zeros_like(total)
         real = now.real_rows()
         for rows in reference.blocks(call, budget):
             change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)
             moved = (change * edited[:, :, None]).sum(-1)
             counted = torch.ones_like(moved[:, 0]) if real is None else real[:, rows].float()
-            total = total + (moved * counted[:, None]).sum((0, 2))
+            here[own] += (moved * counted[:, None]).sum((0, 2))
             count = count + counted.sum()
-        self._mass[layer] = (total, count)
+        self._mass[layer] = (total + here, count)
 
     # --- what the engine asks ----------------------------------------------------------------------------------------
 
@@ -266,20 +270,3 @@ def _uses_spans(method: Method) -> bool:
     if isinstance(method, PerRow):
         return any(m is not None and m.needs for m in method.methods)
     return bool(method.needs) or not isinstance(method, EditMethod)
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside a DDP or PEFT wrapper; a compiled one is refused.
-
-    Raises:
-        UnsupportedError: for a compiled model, whose graph may not contain the steering.
-    """
-    parts = getattr(model, "_modules", {})
-    if "_orig_mod" in parts or getattr(model, "_compiled_call_impl", None) is not None:
-        raise UnsupportedError(
-            f"{type(model).__name__} is compiled, and its graph may leave the steering out: steer and call the model "
-            "that was compiled (compiled._orig_mod), without torch.compile"
-        )
-    if list(parts) == ["module"]:
-        return unwrap(parts["module"])
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -8,7 +8,6 @@ so a `generate` that a streamer runs in another thread is steered too.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import sys
 import threading
@@ -23,13 +22,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import backends, caches, decoder, selfcheck
-from steerlens.backends.call import Call, canonical, is_causal_padding
+from steerlens import backends, caches, decoder, masks, selfcheck
+from steerlens.backends.call import Call
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
 from steerlens.generation import Scope, Wrapper
 from steerlens.lower import Placed, lower
 from steerlens.passes import Pass, Prompt, fit
+from steerlens.wrapping import EagerForward, outside_graphs
 
 if TYPE_CHECKING:
     from steerlens.attach import Steering
@@ -51,17 +51,6 @@ _UNDERSTOOD = {
     "return_dict",
     "num_items_in_batch",
 }
-
-
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a function out of compiled graphs, at no cost where nothing is being compiled."""
-    disabled = torch.compiler.disable(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-    return call
 
 
 class Guarded:
@@ -111,7 +100,9 @@ class Site(Guarded):
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
-        eager: Any = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
+        # FSDP puts a class of its own before the model's.
+        files = [sys.modules[kind.__module__] for kind in type(self.module).__mro__]
+        eager: Any = next((f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward")), None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         module: Any = self.module
         routed, module.config = module.config, self.config
@@ -141,7 +132,7 @@ class Engine(Guarded):
         self.thread = threading.get_ident()
         self._running: int | None = None
         self._arguments = list(inspect.signature(type(base).forward).parameters)[1:]
-        self._hooks: list[Any] = []
+        self._forward: EagerForward | None = None
 
     @classmethod
     def of(cls, base: torch.nn.Module) -> Engine:
@@ -165,7 +156,7 @@ class Engine(Guarded):
 
     def update(self) -> None:
         """Route the layers that the contexts in force need, release the others."""
-        if self.users and not self._hooks and self.witness is None:
+        if self.users and self._forward is None and self.witness is None:
             selfcheck.verify(self)
         wanted = {layer for context in self.contexts for layer in context.plan}
         wanted |= {layer for record in self.records for layer in record.layers}
@@ -183,18 +174,20 @@ class Engine(Guarded):
         for known in set(models) - set(self.wrappers):
             self.wrappers[known] = Wrapper(models[known], self)
         active = bool(models)
-        if active and not self._hooks:
-            self._hooks = [
-                self.base.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.base.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-            ]
+        if active and self._forward is None:
+            self._forward = EagerForward(self.base, self.describe(), self._run)
             self.base.__dict__["_steerlens_engine"] = self
         elif not active:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            if self._forward is not None:
+                self._forward.release()
+            self._forward = None
             release(self.prompts)
             self.base.__dict__.pop("_steerlens_engine", None)
+
+    def note_compiled(self) -> None:
+        """Say once that compiled code is asked for but not what runs."""
+        if self._forward is not None:
+            self._forward.note()
 
     @property
     def users(self) -> list[Steering | Record]:
@@ -211,8 +204,17 @@ class Engine(Guarded):
 
     # --- one forward -------------------------------------------------------------------------------------------------
 
-    @outside_graphs
-    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder's forward. Not by hooks: a graph compiled before them would go on without them."""
+        self._begin(args, kwargs)
+        output = None
+        try:
+            output = forward(*args, **kwargs)
+            return output
+        finally:
+            self._end(output)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.scope is not None and self.scope.native:
             return
         if self._running not in (None, threading.get_ident()) and self._busy():
@@ -228,8 +230,8 @@ class Engine(Guarded):
         cache = caches.find(given)
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, length = tokens.shape[:2]
-        _refuse_packed(given, cache)
-        mask, plain = _token_mask(given.get("attention_mask"), seen + length)
+        masks.refuse_packed(given, cache)
+        mask, plain = masks.token_mask(given.get("attention_mask"), seen + length)
         prompt = self._prompt(cache, seen, batch, length, mask, tokens)
         total = seen + length
         real = None
@@ -295,8 +297,7 @@ class Engine(Guarded):
             if user.spans is not None and ids is not None and not ids.is_floating_point():
                 user.spans.check(ids, mask, longer=self.prompt_lengths is not None)
 
-    @outside_graphs
-    def _end(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end(self, output: Any) -> None:
         if self._running != threading.get_ident():
             return  # a forward that was refused while another thread's goes on
         now, self.current, self._running = self.current, None, None
@@ -344,15 +345,17 @@ class Engine(Guarded):
                 f"layer {site.layer} of {self.facts.name} was called outside a forward of its decoder "
                 "(gradient checkpointing, or the layer alone): call the whole model, and turn checkpointing off"
             )
+        now = now.on(query.device)
         if site.layer in self.facts.keys_of:
             # Layers that share keys may be given only the rows whose logits are kept.
             now = now.last(query.shape[2])
-        heads = query.shape[1]
+        heads, placed, first = query.shape[1], site.placed, 0
         if heads != self.facts.heads[site.layer]:
-            raise UnsupportedError(
-                f"layer {site.layer} runs {heads} query heads here, the config says {self.facts.heads[site.layer]}: "
-                "tensor parallelism is not supported yet"
-            )
+            from steerlens import shards
+
+            total, where = self.facts.heads[site.layer], f"layer {site.layer} of {self.facts.name}"
+            first = shards.first_head(site.module, where, total, self.facts.kv_heads[site.layer], query, key)
+            placed = shards.local(placed, first, heads)
         if dropout:
             raise UnsupportedError(f"attention dropout {dropout} is on: steering is exact only in model.eval()")
         unknown = [k for k, v in extra.items() if v is not None and k not in _UNDERSTOOD]
@@ -365,9 +368,10 @@ class Engine(Guarded):
         site.rows += query.shape[0] * query.shape[2]
         site.reached = True
         call = self._call(site, now, query, key, value, mask, scaling, extra)
-        call.edits = lower(site.placed, now, site.layer, heads)
+        call.first = first
+        call.edits = lower(placed, now, site.layer, heads)
         want_weights = bool(extra.get("output_attentions"))
-        if not site.placed:
+        if not placed:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
         elif want_weights and self.backend != "reference":
             raise UnsupportedError(
@@ -417,17 +421,20 @@ class Engine(Guarded):
         plain = now.plain and (window is None or now.columns <= window)
         offset = now.q_offset - start
         if mask is not None and mask.ndim == 4:
-            memo: Hashable = ("mask", mask.data_ptr(), tuple(mask.shape), written)
-            if memo not in now.memo:
-                native = canonical(mask[..., :written])
-                now.memo[memo] = native, plain and is_causal_padding(native, offset, real)
-            mask, plain = now.memo[memo]  # type: ignore[misc]
+            # Layers on a further device are each given a copy of their own: the last one is kept, and known by itself,
+            # as both its address and its id are used again.
+            memo: Hashable = ("mask", self.facts.kinds[site.layer] if self.facts.kinds else window, written)
+            known: Any = now.memo.get(memo)
+            if known is None or known[0] is not mask:
+                native = masks.canonical(mask[..., :written])
+                known = now.memo[memo] = (mask, native, plain and masks.is_causal_padding(native, offset, real))
+            _, mask, plain = known
         elif plain and offset == 0 and query.shape[2] == written > 1:
             mask = None  # the native kernel is told the padding in two dimensions; `real` has it
         elif mask is not None or (window is not None and written > window):
             memo = ("mask", written, offset, window)
             if memo not in now.memo:
-                now.memo[memo] = _from_columns(query, written, offset, real, window)
+                now.memo[memo] = masks.from_columns(query, written, offset, real, window)
             mask = now.memo[memo]  # type: ignore[assignment]
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
@@ -435,50 +442,6 @@ class Engine(Guarded):
         if site.config._attn_implementation == "sdpa":
             softcap = sinks = None  # older transformers let gemma2 run on a native sdpa that knows neither
         return Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
-
-
-def _from_columns(
-    query: torch.Tensor, length: int, offset: int, real: torch.Tensor | None, window: int | None
-) -> torch.Tensor:
-    """Visibility where the native kernel is told the padding and the window instead of a mask, bool [B, 1, Tq, Tk]."""
-    device = query.device
-    distance = torch.arange(query.shape[2], device=device)[:, None] + offset - torch.arange(length, device=device)
-    visible = distance >= 0
-    if window is not None:
-        visible = visible & (distance < window)
-    visible = visible[None, None].expand(query.shape[0], 1, -1, -1)
-    return visible if real is None else visible & real[:, None, None]
-
-
-def _refuse_packed(given: Mapping[str, Any], cache: Cache | None) -> None:
-    """Transformers takes positions that start again, without mask and cache, for sequences packed into one row."""
-    positions = given.get("position_ids")
-    if not isinstance(positions, torch.Tensor) or given.get("attention_mask") is not None or cache is not None:
-        return
-    if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
-        raise UnsupportedError(
-            "position_ids start again within a row, and there is no attention_mask: several sequences packed into one "
-            "row. Steering counts prompts by row: give each sequence its own row, padded, with an attention_mask"
-        )
-
-
-def _token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
-    """Real tokens as [B, >= columns] if the mask tells, and whether visibility is causal and padding alone."""
-    if mask is None:
-        return None, True
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-        if mask is None:
-            return None, True
-    if not isinstance(mask, torch.Tensor):
-        raise UnsupportedError(f"attention_mask is a {type(mask).__name__}; a 2-D or 4-D tensor is needed")
-    if mask.ndim == 2:
-        return mask, True
-    if mask.ndim != 4:
-        raise UnsupportedError(f"attention_mask has shape {tuple(mask.shape)}; allowed: [B, T] or [B, 1, Tq, Tk]")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    # The mask of a sliding-window cache begins where its window does, and tells nothing of the columns before.
-    return (visible.any(1).any(1) if visible.shape[-1] >= columns else None), False
 
 
 @outside_graphs

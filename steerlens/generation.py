@@ -15,6 +15,7 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from steerlens import caches
 from steerlens.errors import SteeringStateError, UnsupportedError
 from steerlens.methods.base import DecodingMethod, PromptMethod
+from steerlens.wrapping import refuse_virtual_tokens
 
 if TYPE_CHECKING:
     from steerlens.engine import Engine
@@ -149,12 +150,13 @@ def _continuous(engine: Engine, what: str) -> UnsupportedError:
 
 
 class Wrapper:
-    """`generate` and `set_attn_implementation` of one model instance, replaced until `release`."""
+    """What one model instance calls to generate, compile and switch attention, replaced until `release`."""
+
+    REPLACED = ("generate", "set_attn_implementation", "get_compiled_call", "_get_logits_processor", *CONTINUOUS)
 
     def __init__(self, model: Any, engine: Engine) -> None:
         self.model = model
-        names = ("generate", "set_attn_implementation", "_get_logits_processor", *CONTINUOUS)
-        self.before = {name: model.__dict__.get(name) for name in names}
+        self.before = {name: model.__dict__.get(name) for name in self.REPLACED}
         if hasattr(model, "generate"):
             model.__dict__["generate"] = _generate(weakref.ref(model), self.before["generate"], engine)
         if hasattr(model, "_get_logits_processor"):
@@ -170,6 +172,13 @@ class Wrapper:
             )
 
         model.__dict__["set_attn_implementation"] = refuse
+        reference: Any = weakref.ref(model)
+
+        def uncompiled(*args: Any, **kwargs: Any) -> Any:
+            engine.note_compiled()
+            return reference().__call__
+
+        model.__dict__["get_compiled_call"] = uncompiled
 
     def release(self) -> None:
         """Give the model what it had."""
@@ -190,6 +199,7 @@ def _generate(model_ref: Any, own: Callable[..., Any] | None, engine: Engine) ->
         if (scope := engine.scope) is not None:
             with scope.unsteered() if scope.drafts else contextlib.nullcontext():
                 return original(*args, **kwargs)
+        refuse_virtual_tokens(getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None))
         arguments = dict(signature.bind_partial(model, *args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {})
         del arguments[next(iter(signature.parameters))]

@@ -96,9 +96,10 @@ def _rows(item: Placed, now: Pass) -> torch.Tensor | None:
 @lru_cache(maxsize=1024)
 def _head_mask(heads: tuple[int, ...], total: int, device: torch.device, weight: float | None = None) -> torch.Tensor:
     """Bool [total], or with a weight fp32 [1, total, 1]: `weight` at `heads`."""
-    mask = torch.zeros(total, dtype=torch.bool)
-    mask[list(heads)] = True
-    return mask.to(device) if weight is None else (mask.float()[None, :, None] * weight).to(device)
+    with torch.inference_mode(False):  # it outlives the forward, and a later one may need gradients
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[list(heads)] = True
+        return mask.to(device) if weight is None else (mask.float()[None, :, None] * weight).to(device)
 
 
 def _keys(item: Placed, edit: Reweight, now: Pass, length: int, start: int) -> torch.Tensor:

@@ -7,9 +7,8 @@ Shapes: B batch rows, H query heads, Tq query rows of this forward, Tk keys of a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -74,6 +73,7 @@ class Prompt:
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
     started: int = 0
     _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, Prompt] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -107,6 +107,16 @@ class Prompt:
         sinks = {key: state.select(index) for key, state in self.sinks.items()}
         first, stop = self.first[index], self.stop[index]
         return Prompt(len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started)
+
+    def on(self, device: torch.device) -> Prompt:
+        """The same prompt with its tensors on another device; states stay common, each on its layer's device."""
+        if device not in self._elsewhere:
+            real, origin = (None if t is None else t.to(device) for t in (self.real, self.origin))
+            first, stop = self.first.to(device), self.stop.to(device)
+            self._elsewhere[device] = replace(
+                self, first=first, stop=stop, real=real, origin=origin, _columns={}, _elsewhere={}
+            )
+        return self._elsewhere[device]
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -189,6 +199,15 @@ class Pass:
     keys: dict[int, tuple[int, int]]
     memo: dict[Hashable, object] = field(default_factory=dict)
 
+    def on(self, device: torch.device) -> Pass:
+        """This forward for a layer on `device`: the same, or a copy made once."""
+        if device == self.prompt.first.device:
+            return self
+        if ("on", device) not in self.memo:
+            real = None if self.real is None else self.real.to(device)
+            self.memo["on", device] = replace(self, prompt=self.prompt.on(device), real=real, memo={})
+        return self.memo["on", device]  # type: ignore[return-value]
+
     @property
     def columns(self) -> int:
         """C, the columns seen when this forward is done."""
@@ -203,7 +222,7 @@ class Pass:
         """This forward for a layer that computes its last `rows` query rows alone."""
         if rows >= self.q_len:
             return self
-        return dataclasses.replace(self, q_offset=self.columns - rows, q_len=rows, memo={})
+        return replace(self, q_offset=self.columns - rows, q_len=rows, memo={})
 
     def rows(self, phase: Phase) -> torch.Tensor | None:
         """Query rows of a phase, bool [B, Tq]; `None` for all of them."""

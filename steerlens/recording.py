@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 
 from steerlens import decoder
-from steerlens.attach import unwrap
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, SpanKeys
@@ -19,6 +18,7 @@ from steerlens.errors import SpanError, SteeringStateError, nearest
 from steerlens.heads import Heads
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
+from steerlens.wrapping import unwrap
 
 STATS = ("mass", "entropy", "argmax", "lse", "column_mean")
 PADDING = {"mass": torch.nan, "entropy": torch.nan, "lse": torch.nan, "argmax": -1}
@@ -29,7 +29,7 @@ class LayerRecord:
     """What was captured in one layer; fp32 on the layer's device, forwards appended along Tq, pads NaN.
 
     Attributes:
-        heads: query heads along H.
+        heads: query heads along H; under tensor parallelism those that this process holds, maybe none.
         mass: attention mass per span group, [B, H, Tq, G], G as `Record.groups`.
         entropy: of each row in nats, [B, H, Tq].
         argmax: padded column of the most attended key, int64 [B, H, Tq]; lowest column on a tie, -1 for pads.
@@ -112,7 +112,13 @@ class Record:
         if layer not in self._layers:
             return
         self._batch = call.query.shape[0]
-        record, heads = self._layers[layer], list(self._heads[layer])
+        # Under tensor parallelism a process records the heads that it holds.
+        H = call.query.shape[1]
+        heads = [h - call.first for h in self._heads[layer] if call.first <= h < call.first + H]
+        record = self._layers[layer]
+        record.heads = tuple(h + call.first for h in heads)
+        if not heads:
+            return
         length, start = now.keys[layer]
         edits = reference.resolve(call, sdpa.budget(call))
         groups = self._group_keys(now, length, start)

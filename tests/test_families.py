@@ -188,12 +188,12 @@ def test_a_native_kernel_that_takes_padding_in_two_dimensions(family, side, meth
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import flash_attention_mask
 
-    from steerlens.engine import _from_columns
+    from steerlens.masks import from_columns
 
     def native(module, query, key, value, mask, *, sliding_window=None, **kwargs):
         offset = key.shape[2] - query.shape[2]
         real = None if mask is None else mask[:, -key.shape[2] :].bool()
-        visible = _from_columns(query, key.shape[2], offset, real, sliding_window)
+        visible = from_columns(query, key.shape[2], offset, real, sliding_window)
         return sdpa_attention_forward(module, query, key, value, visible, **kwargs)
 
     AttentionInterface.register("two_dimensions", native)

@@ -10,7 +10,7 @@ from small_models import FAMILIES, NO_SDPA, build
 from transformers import DynamicCache, StaticCache
 
 import steerlens
-from steerlens import backends, decoder, engine
+from steerlens import backends, decoder, masks
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call
 from steerlens.edits import FirstToken, PromptKeys, Reweight, Scale
@@ -554,12 +554,12 @@ def test_methods_that_overlap(methods, model_of, prompts):
     assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3
 
 
-def test_visibility_from_columns():
+def test_visibilityfrom_columns():
     """For kernels that are told the padding and the window instead of a mask."""
     real = torch.tensor([[False, True, True, True, True]])
-    seen = engine._from_columns(torch.zeros(1, 1, 2, 4), 5, 3, real, 3)
+    seen = masks.from_columns(torch.zeros(1, 1, 2, 4), 5, 3, real, 3)
     assert seen.int().tolist() == [[[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
-    assert engine._from_columns(torch.zeros(1, 1, 2, 4), 5, 3, None, None).sum().item() == 9
+    assert masks.from_columns(torch.zeros(1, 1, 2, 4), 5, 3, None, None).sum().item() == 9
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

@@ -93,6 +93,7 @@ class Call:
         edits: in order; cuts last.
         sinks: learned sink logits [H], each a key outside every set with a value of zero; `None` for none.
         memo: what calls of one forward share; a `Bias` or `Cut` that two of them have is the same object.
+        first: the model's number of query head 0, other than 0 under tensor parallelism alone.
     """
 
     query: torch.Tensor
@@ -107,6 +108,7 @@ class Call:
     edits: list[Lowered] = field(default_factory=list)
     sinks: torch.Tensor | None = None
     memo: dict[Hashable, object] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def groups(self) -> int:
@@ -156,34 +158,3 @@ class Call:
             for i in range(0, self.query.shape[2], 64)
         ]
         return torch.cat(found, -1)
-
-
-def canonical(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A float mask of zeros and -inf-like values as the bool mask it stands for; real biases stay."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point():
-        return mask.bool()
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return ~hidden if bool(((mask == 0) | hidden).all()) else mask
-
-
-def is_causal_padding(mask: torch.Tensor | None, offset: int, real: torch.Tensor | None) -> bool:
-    """Whether a mask hides later keys and pads, and nothing else; never for a few rows, where it would not pay.
-
-    Args:
-        mask: [B or 1, H or 1, Tq, Tk].
-        offset: column of query row 0 minus column of key 0.
-        real: real keys, bool [B, Tk]; `None` for all.
-    """
-    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] <= FEW_ROWS:
-        return False
-    keys = torch.arange(mask.shape[3], device=mask.device)
-    for start in range(0, mask.shape[2], 256):
-        rows = mask[:, 0, start : start + 256]
-        expected = keys <= torch.arange(start, start + rows.shape[1], device=mask.device)[:, None] + offset
-        if real is not None:
-            expected = expected & real[:, None]
-        if not bool((rows == expected).all()):
-            return False
-    return True

@@ -230,8 +230,9 @@ def _additive(call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor 
     H, Tq = inputs.query.shape[1:3]
     key = ("additive", id(mask), *(id(t.source) for t in terms))
     shared = all(t.source is not None for t in terms)
+    given = mask
     if shared and key in call.memo:
-        return call.memo[key]  # type: ignore[return-value]
+        return call.memo[key][1]  # type: ignore[index, no-any-return]
     dtype = torch.promote_types(inputs.query.dtype, torch.float32)
     total: torch.Tensor | None = None
     for term in terms:
@@ -246,7 +247,7 @@ def _additive(call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor 
         total = total + mask
     total = total.expand(-1, -1, Tq, -1)
     if shared:
-        call.memo[key] = total
+        call.memo[key] = given, total  # the mask too, so that its id names nothing else
     return total
 
 
