@@ -314,28 +314,31 @@ def _less_few(call: Call, edit: KeepMass, output: torch.Tensor, lse: torch.Tenso
         rows = torch.arange(few.index.shape[0], device=output.device)[:, None, None]
         heads = torch.tensor(edit.heads, device=output.device)
         kv = (heads // call.groups)[None, :, None]
-        kept["key"] = call.key[rows, kv, few.index].to(dtype) * call.scaling
-        kept["value"] = call.value[rows, kv, few.index].to(dtype)
-        kept["heads"] = heads
+        kept["key"] = (call.key[rows, kv, few.index].to(dtype) * call.scaling).mT.contiguous()
+        value = call.value[rows, kv, few.index].to(dtype)
+        # A channel of ones gives ψ beside Σ_S a·v; filling is 0 in both.
+        kept["value"] = F.pad(value, (0, 1), value=1.0) * few.meant[..., None]
+        kept["heads"], kept["meant"] = heads, few.meant
     heads = kept["heads"]
     everything = len(heads) == output.shape[1]
     query, old, lse = (t if everything else t.index_select(1, heads) for t in (call.query, output, lse))
+    a = torch.matmul(query.to(dtype), kept["key"]).sub_(lse[..., None]).exp_()
     meant = few.meant
     if call.mask is not None:
         visible = call.visible(slice(None))[:, :, 0]
         visible = visible if visible.shape[1] == 1 else visible.index_select(1, heads)
         meant = meant & visible.expand(*meant.shape[:2], -1).gather(2, few.index)
-    x = torch.matmul(query.to(dtype), kept["key"].transpose(-1, -2)) - lse[..., None]
-    a = x.exp().mul_(meant[:, :, None])
-    mass = a.sum(-1, keepdim=True)
+    if meant is not kept["meant"]:
+        a.mul_(meant[:, :, None])
+    moved, mass = torch.matmul(a, kept["value"]).split([output.shape[-1], 1], -1)
     if mass.max().item() > _MOST[output.dtype]:
         return None
     share = (1 - edit.fraction) / (1 - mass)
-    new = (edit.fraction + share) * old - share * (a @ kept["value"])
+    new = torch.addcmul(old * (edit.fraction + share), share, moved, value=-1)
     if edit.rows is not None:
         new = torch.where(edit.rows[:, None, :, None], new, old)
     new = new.to(output.dtype)
-    return new if everything else output.index_copy(1, heads, new)
+    return new if everything else output.index_copy_(1, heads, new)
 
 
 def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> list[Term]:
