@@ -9,15 +9,28 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from steerlens import backends, steer
-from steerlens.bench import Settings, bench, cases, machine, model, over_budget, peers, timing
-from steerlens.bench.settings import BenchError
+from steerlens import backends, facts, steer
+from steerlens.bench import (
+    PRESETS,
+    Settings,
+    bench,
+    cases,
+    machine,
+    memory,
+    model,
+    over_budget,
+    over_memory,
+    peers,
+    timing,
+)
+from steerlens.bench.settings import FAMILIES, BenchError
 from steerlens.cli import app
 from steerlens.methods import ZeroTuning
 
 QUICK = Settings.of("quick", threads=1, device="cpu")
-COMMON = {"phase", "head_dim", "tokens", "case", "backend", "method"}
-MEASURED = COMMON | {"unsteered_ms", "steered_ms", "ratio", "moved", "extra_mib", "check", "budget", "met"}
+COMMON = {"family", "phase", "head_dim", "batch", "padding", "tokens", "case", "backend", "method"}
+TIMES = {"unsteered_ms", "steered_ms", "ratio", "moved", "check", "budget", "met"}
+MEASURED = COMMON | TIMES | {"extra_mib", "extra_bound_mib", "extra_met"}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +133,7 @@ def test_the_command_writes_the_record_and_prints_a_table(tmp_path):
     found = CliRunner().invoke(app, [*options, "--output", str(output)])
     assert found.exit_code == 0, found.output
     assert "pasta/few" in found.stdout and "additive-mask" in found.stdout
-    assert "steerlens bench: D=16 prefill 64 pasta sdpa: " in found.stderr
+    assert "steerlens bench: llama D=16 prefill 64 pasta sdpa: " in found.stderr
     rows = json.loads(output.read_text())["rows"]
     assert {row["case"] for row in rows} == {"pasta", "pasta/few", "additive-mask"}
     as_json = CliRunner().invoke(app, [*options, "--json", "--head-dim", "8,16", "--decode-steps", "1"])
@@ -134,6 +147,11 @@ def test_the_command_writes_the_record_and_prints_a_table(tmp_path):
         (["--methods", "pastta"], "did you mean 'pasta'"),
         (["--lengths", "2k"], "whole numbers"),
         (["--heads", "6", "--kv-heads", "4"], "evenly"),
+        (["--family", "lama"], "did you mean 'llama'"),
+        (["--window", "0"], ">= 1"),
+        (["--padding", "left"], "batch_size >= 2"),
+        (["--padding", "0.9", "--batch-size", "2"], "0 to 0.5"),
+        (["--padding", "right", "--batch-size", "2"], "none, left or a fraction"),
         (["--repeats", "0"], ">= 1"),
         (["--dtype", "int8"], "bfloat16"),
         (["--output", "/nowhere/at/all.json"], "no folder"),
@@ -205,6 +223,127 @@ def test_decode_steps_start_again_from_the_prompt():
             decode()
             seen.append(decode.cache.get_seq_length())
     assert seen == [21, 22, 23, 21, 22, 23, 21]
+
+
+def test_steps_beyond_a_window_start_again_too():
+    small = model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32", family="mistral", window=8)
+    decode = timing.Decode(small, model.tokens(1, 20, 0, "cpu"), steps=2)
+    layer, seen = decode.cache.layers[0], []
+    before = layer.keys.clone()
+    with torch.inference_mode():
+        for _ in range(3):
+            decode()
+            seen.append((layer.get_seq_length(), layer.keys[..., -1, :].clone()))
+    assert [length for length, _ in seen] == [21, 22, 21]
+    assert torch.equal(seen[0][1], seen[2][1]) and not torch.equal(seen[0][1], seen[1][1])
+    decode.rewind()
+    assert torch.equal(layer.keys, before)
+
+
+def test_every_family_is_built_to_the_shape():
+    assert tuple(model.FAMILIES) == FAMILIES
+    for family in FAMILIES:
+        small = model.build(QUICK, 16, "cpu", layers=2, positions=64, mlp=1, dtype="float32", family=family, window=8)
+        cache = small(model.tokens(1, 20, 0, "cpu"), use_cache=True).past_key_values
+        wide = 24 if family == "deepseek_v3" else 16
+        heads = 2 if model.FAMILIES[family].grouped else 4
+        if family != "deepseek_v3":  # whose cache may hold latents
+            assert {layer.keys.shape[1::2] for layer in cache.layers} == {(heads, wide)}, family
+        kept = sorted(layer.keys.shape[2] for layer in cache.layers)
+        windowed = {"mistral": [7, 7]}.get(family, [7, 20] if model.FAMILIES[family].windowed else [20, 20])
+        assert kept == windowed, family
+        assert memory.bound(small.config, 1, 20, 20, 4) == 2 * 4 * 20 * (4 * wide + heads * (wide + 16)), family
+
+
+@pytest.fixture(scope="module")
+def of_families():
+    families = ("mistral", "gemma2", "gpt2")
+    return bench(Settings.of("quick", threads=1, device="cpu", families=families, backends=("auto",), peers=("eager",)))
+
+
+def test_families_have_rows_of_their_own(of_families):
+    cells = {(row["family"], row["phase"], row["case"]) for row in of_families["rows"]}
+    names = [case.name for case in cases.cases(QUICK, QUICK.layers)]
+    assert cells == {
+        (family, phase, name)
+        for family in ("mistral", "gemma2", "gpt2")
+        for phase in ("prefill", "decode")
+        for name in [*names, "eager"]
+    }
+    for row in of_families["rows"]:
+        assert row["check"]["error"] <= 1e-4
+        if row["case"].split("/")[-1] in ("zerotuning", "pasta", "few relative", "all relative"):
+            assert row["check"]["moved"] > 1e-3, row
+
+
+def test_a_refused_family_and_a_peer_of_another_say_so(monkeypatch):
+    monkeypatch.setattr(facts, "REFUSED", {"mistral": "is not supported"})
+    options = {"methods": ("pasta",), "peers": ("eager", "additive-mask"), "device": "cpu"}
+    rows = bench(Settings.of("quick", families=("mistral", "qwen2"), backends=("sdpa",), **options))["rows"]
+    refused = [row["skipped"] for row in rows if row["family"] == "mistral" and row["case"] != "additive-mask"]
+    assert len(refused) == 6 and all("family 'mistral' is not supported" in reason for reason in refused)
+    other = {row["skipped"] for row in rows if row["family"] == "qwen2" and "skipped" in row}
+    assert other == {"not runnable here: written for llama, not for qwen2"}
+
+
+def test_both_sides_of_a_padded_batch_get_its_mask(monkeypatch):
+    build, masks = model.build, []
+
+    def hooked(*args, **kwargs):
+        made = build(*args, **kwargs)
+        made.register_forward_pre_hook(lambda _, a, k: masks.append((a, k.get("attention_mask"))), with_kwargs=True)
+        return made
+
+    monkeypatch.setattr(model, "build", hooked)
+    settings = Settings.of(
+        "quick", device="cpu", batch_size=3, padding=0.5, backends=("sdpa",), peers=("eager", "eager-edit")
+    )
+    rows = bench(settings)["rows"]
+    measured = [row for row in rows if "skipped" not in row]
+    assert {(row["batch"], row["padding"]) for row in rows} == {(3, 0.5)}
+    assert {row["case"] for row in rows if "skipped" in row} == {"eager-edit"}
+    assert {row["skipped"] for row in rows if "skipped" in row} == {"not runnable here: knows no left padding"}
+    assert {row["case"] for row in measured} == {c.name for c in cases.cases(settings, 2)} | {"eager"}
+    assert all(row["check"]["error"] <= 1e-4 for row in measured)
+    assert {mask.shape[1] for _, mask in masks} == {318, 319, 320, 64, 32, 33, 34}
+    for _, mask in masks:
+        pads = (mask == 0).sum(1).tolist()
+        prompt = {318: 318, 319: 318, 320: 318, 64: 64}.get(mask.shape[1], 32)
+        assert pads == [0, round(prompt / 4), prompt // 2]
+        assert all(not mask[row, :n].any() for row, n in enumerate(pads))
+    assert cases.spans(100, [0, 40]) == [[(25, 50)], [(55, 70)]]
+
+
+def test_memory_is_measured_against_its_bound(record, monkeypatch):
+    for row in record["rows"]:
+        if "skipped" in row:
+            continue
+        exempt = row["backend"] in ("reference", "peer")
+        assert isinstance(row["extra_mib"], float)
+        assert (row["extra_met"] is None, row["extra_bound_mib"] is None) == (exempt, exempt)
+        rows = row["tokens"] if row["phase"] == "prefill" else 1
+        if not exempt:
+            assert row["extra_bound_mib"] == round(2 * 2 * 16 * (4 * rows + 2 * 2 * row["tokens"]) / 2**20, 2)
+    right = backends.attention
+
+    def wasteful(name, call):
+        kept = torch.ones(1 << 20)
+        return right(name, call) + kept[0] - 1
+
+    monkeypatch.setattr(backends, "attention", wasteful)
+    options = {"methods": ("neutral", "pasta"), "backends": ("sdpa",), "peers": (), "device": "cpu"}
+    found = bench(Settings.of("quick", decode_lengths=(), **options))
+    assert [row["case"] for row in over_memory(found)] == ["pasta", "pasta/few"]
+    assert all(row["extra_mib"] == pytest.approx(4, abs=0.1) for row in over_memory(found))
+
+
+def test_presets_are_settings_and_reach_the_lengths_of_the_budgets():
+    made = {name: Settings.of(name) for name in PRESETS}
+    assert max(made["cpu-long"].lengths) == 32768
+    for name in ("cpu-d64", "cpu-d128"):
+        assert {1024, 8192} <= set(made[name].decode_lengths) and {2048, 8192} <= set(made[name].lengths)
+    assert made["cpu-padded"].pads(4096) == [0, 341, 683, 1024]
+    assert "mistral" in made["cpu-families"].families and made["cpu-d64"].families == ("llama",)
 
 
 def test_a_shared_model_has_the_same_weights_and_its_own_steering():

@@ -3,58 +3,119 @@
 import pytest
 import torch
 from small_models import build
-from torch.profiler import ProfilerActivity, profile
 
 import steerlens
+from steerlens.bench import memory
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
-T = 2048
+STATIC, PUBLISHED = ZeroTuning(2.0), PASTA(0.1, sections="published")
+SINKS = ACT(0.4, 3, "relative")
+MASKED = [HeadMask({0: [1]}), ZeroTuning(0.5)]
 
 
 def peak(run) -> int:
-    """Largest number of bytes held at once, over what was held before."""
     run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+    most = memory.peak(run)[1]
     assert most > 1 << 20
     return most
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [
-        ("llama-gqa", ZeroTuning(2.0)),
-        ("llama-gqa", PASTA(0.1, sections="published")),
-        ("llama-gqa", ACT(0.4, 3, "relative")),
-        ("llama-gqa", [HeadMask({0: [1]}), ZeroTuning(0.5)]),
-        ("mistral", ZeroTuning(2.0)),
-        ("gemma2", PASTA(0.1)),
-    ],
-    ids=["zerotuning", "pasta", "act", "headmask", "window", "softcap"],
-)
-def test_extra_memory(family, method, padded):
+def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=2):
+    """Bytes over the native run, and the bound."""
     native = "eager" if family == "gemma2" else "sdpa"
     window = {"sliding_window": 256} if family in ("mistral", "gemma2") else {}
     model = build(
-        family, native, hidden_size=256, head_dim=32, num_hidden_layers=2, max_position_embeddings=T, **window
+        family,
+        native,
+        hidden_size=heads * head_dim,
+        head_dim=head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        max_position_embeddings=T,
+        **window,
     )
-    ids = torch.randint(3, 97, (2, T))
+    ids = torch.randint(3, 97, (batch, T))
     mask = torch.ones_like(ids)
-    mask[1, : 300 if padded else 0] = 0
-    q, k, v = (2 * T * h * 32 * 4 for h in (8, *(2 * [model.config.num_key_value_heads])))
+    mask[-1, : T // 6 if padded else 0] = 0
 
     def run():
         with torch.no_grad():
             model(ids, attention_mask=mask, logits_to_keep=1)
 
     before = peak(run)
-    with steerlens.steer(model, method, [[(9, 40), (90, 99)], [(400, 420)]]) as steered:
-        extra = peak(run) - before
+    with steerlens.steer(model, method, [[(9, 40), (90, 99)], [(400, 420)]][-batch:]) as steered:
+        found = peak(run) - before
         assert all(layer["calls"] for layer in steered.report().values())
-    assert extra <= 2 * (q + k + v)
+    return found, 2 * batch * T * head_dim * 4 * (heads + 2 * kv_heads)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "method"),
+    [
+        ("llama-gqa", 2, STATIC),
+        ("llama-gqa", 2, PUBLISHED),
+        ("llama-gqa", 2, SINKS),
+        ("llama-gqa", 2, MASKED),
+        ("mistral", 2, STATIC),
+        ("mistral", 2, SINKS),
+        ("gemma2", 4, PASTA(0.1)),
+        ("gemma2", 4, SINKS),
+    ],
+    ids=["zerotuning", "pasta", "act", "headmask", "window", "window-act", "softcap", "softcap-act"],
+)
+def test_extra_memory(family, kv_heads, method, padded):
+    found, bound = extra(family, method, 2048, 8, kv_heads, 32, padded)
+    assert found <= bound
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "padded"),
+    [
+        ("llama-gqa", STATIC, False),
+        ("llama-gqa", PUBLISHED, False),
+        ("llama-gqa", SINKS, False),
+        ("llama-gqa", MASKED, False),
+        ("llama-gqa", [SINKS, PUBLISHED], False),
+        ("llama-gqa", STATIC, True),
+        ("llama-gqa", SINKS, True),
+        ("mistral", STATIC, False),
+        ("mistral", SINKS, False),
+    ],
+    ids=["zerotuning", "pasta", "act", "headmask", "act+pasta", "padded", "padded-act", "window", "window-act"],
+)
+def test_extra_memory_at_8k(family, method, padded):
+    found, bound = extra(family, method, 8192, 2, 1, 32, padded, layers=1, batch=2 if padded else 1)
+    assert found <= bound
+
+
+@pytest.mark.parametrize("method", [STATIC, SINKS], ids=["zerotuning", "act"])
+def test_extra_memory_at_32k(method):
+    found, bound = extra("llama-gqa", method, 32768, 2, 1, 16, False, layers=1, batch=1)
+    assert found <= bound
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "method", "padded"),
+    [
+        ("llama-gqa", PUBLISHED, False),
+        ("llama-gqa", MASKED, False),
+        ("llama-gqa", [SINKS, PUBLISHED], False),
+        ("llama-gqa", STATIC, True),
+        ("llama-gqa", SINKS, True),
+        ("mistral", STATIC, False),
+        ("mistral", SINKS, False),
+    ],
+    ids=["pasta", "headmask", "act+pasta", "padded", "padded-act", "window", "window-act"],
+)
+def test_extra_memory_at_32k_needs_gigabytes(family, method, padded):
+    found, bound = extra(family, method, 32768, 2, 1, 32, padded, layers=1, batch=2 if padded else 1)
+    assert found <= bound
+
+
+def test_the_bound_is_twice_q_k_and_v():
+    config = build("llama-gqa", num_hidden_layers=1).config  # 8 query heads, 2 key/value heads, head dim 8
+    assert memory.bound(config, 3, 10, 100, 2) == 2 * 3 * 2 * (10 * 8 * 8 + 2 * 100 * 2 * 8)
+    assert memory.peak(lambda: torch.ones(1000).sum() + torch.ones(500).sum())[1] in range(4000, 6000)

@@ -118,13 +118,15 @@ def summer(call: Call, edits: list[Resolved], heads: list[int], budget: int | No
 
     @torch.no_grad()
     def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, observers = [], []
+        total: torch.Tensor | float = 0.0
+        observers: torch.Tensor | int = 0
         for rows in blocks(call, budget, len(heads)):
             chosen = counted[:, None, rows, None]
-            parts.append((weights(call, edits, rows, heads) * chosen).sum(2))
+            total = total + (weights(call, edits, rows, heads) * chosen).sum(2)
             visible = call.visible(rows)
-            observers.append(((visible if visible.shape[1] == 1 else visible[:, heads]) & chosen).sum(2))
-        return torch.stack(parts).sum(0), torch.stack(observers).sum(0).float()
+            observers = observers + ((visible if visible.shape[1] == 1 else visible[:, heads]) & chosen).sum(2)
+        assert isinstance(total, torch.Tensor) and isinstance(observers, torch.Tensor)
+        return total, observers.float()
 
     return sums
 

@@ -265,9 +265,9 @@ def _indicator(call: Call, term: Term, heads: int, dtype: torch.dtype) -> torch.
 def _float(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(query.dtype).min
-    )
+    # In place: at long contexts every T×T tensor beside the one that the native kernel makes too is one too many.
+    hidden = torch.full(mask.shape, torch.finfo(query.dtype).min / 2, dtype=query.dtype, device=mask.device)
+    return hidden.masked_fill_(mask, 0)
 
 
 def _biased(call: Call) -> bool:
@@ -356,28 +356,31 @@ def _less_few(call: Call, edit: KeepMass, output: torch.Tensor, lse: torch.Tenso
         rows = torch.arange(few.index.shape[0], device=output.device)[:, None, None]
         heads = torch.tensor(edit.heads, device=output.device)
         kv = (heads // call.groups)[None, :, None]
-        kept["key"] = call.key[rows, kv, few.index].to(dtype) * call.scaling
-        kept["value"] = call.value[rows, kv, few.index].to(dtype)
-        kept["heads"] = heads
+        kept["key"] = (call.key[rows, kv, few.index].to(dtype) * call.scaling).mT.contiguous()
+        value = call.value[rows, kv, few.index].to(dtype)
+        # A channel of ones gives ψ beside Σ_S a·v; filling is 0 in both.
+        kept["value"] = F.pad(value, (0, 1), value=1.0) * few.meant[..., None]
+        kept["heads"], kept["meant"] = heads, few.meant
     heads = kept["heads"]
     everything = len(heads) == output.shape[1]
     query, old, lse = (t if everything else t.index_select(1, heads) for t in (call.query, output, lse))
+    a = torch.matmul(query.to(dtype), kept["key"]).sub_(lse[..., None]).exp_()
     meant = few.meant
     if call.mask is not None:
         visible = call.visible(slice(None))[:, :, 0]
         visible = visible if visible.shape[1] == 1 else visible.index_select(1, heads)
         meant = meant & visible.expand(*meant.shape[:2], -1).gather(2, few.index)
-    x = torch.matmul(query.to(dtype), kept["key"].transpose(-1, -2)) - lse[..., None]
-    a = x.exp().mul_(meant[:, :, None])
-    mass = a.sum(-1, keepdim=True)
+    if meant is not kept["meant"]:
+        a.mul_(meant[:, :, None])
+    moved, mass = torch.matmul(a, kept["value"]).split([output.shape[-1], 1], -1)
     if mass.max().item() > _MOST[output.dtype]:
         return None
     share = (1 - edit.fraction) / (1 - mass)
-    new = (edit.fraction + share) * old - share * (a @ kept["value"])
+    new = torch.addcmul(old * (edit.fraction + share), share, moved, value=-1)
     if edit.rows is not None:
         new = torch.where(edit.rows[:, None, :, None], new, old)
     new = new.to(output.dtype)
-    return new if everything else output.index_copy(1, heads, new)
+    return new if everything else output.index_copy_(1, heads, new)
 
 
 def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> list[Term]:
@@ -417,9 +420,11 @@ def _has_lse(call: Call) -> bool:
 
 
 def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse: torch.Tensor | None) -> Sums:
-    """Column sums of the edit's heads under `terms`: fused and transposed where visibility is plain, else in blocks."""
+    """Column sums of the edit's heads under `terms`: fused and transposed where visibility allows, else in blocks."""
     square = call.offset == 0 and call.query.shape[2] == call.key.shape[2]
-    if lse is None or not call.plain or not square or call.query.shape[2] <= FEW_ROWS:
+    mask = None if call.plain else call.mask
+    shared = call.plain or (mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1)
+    if lse is None or not shared or not square or call.query.shape[2] <= FEW_ROWS:
         return reference.summer(call, _biases(call, terms), chosen.heads, budget=budget(call))
 
     def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -428,21 +433,35 @@ def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse
         if terms:
             query, key = _with_channels(query, key, chosen.terms(terms), call.scaling)
         B, _, T, _ = query.shape
-        share = torch.where(counted[:, None], -lse[:, chosen.index], HIDE) / call.scaling
+        # A row that sees no key, a pad, counts nowhere.
+        share = torch.where(counted[:, None] & (lse > -1e30), -lse, HIDE)[:, chosen.index] / call.scaling
         pieces = split(share, query.dtype, pieces=3)
-        query = widen(query, pieces).flip(2).unflatten(1, (len(chosen.kv), chosen.width))
-        key = widen(key, [torch.ones((), dtype=key.dtype, device=key.device)] * len(pieces)).flip(2)
+        query = widen(query, pieces).unflatten(1, (len(chosen.kv), chosen.width))
+        key = widen(key, [torch.ones((), dtype=key.dtype, device=key.device)] * len(pieces))
+        if mask is None:
+            query, key = query.flip(3), key.flip(2)
+        seen = None if mask is None else _float(mask.mT, query)
         found = []
         for member in range(chosen.width):
             rows = query[:, :, member]
             total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                key, rows, rows, 0.0, True, scale=call.scaling
+                key, rows, rows, 0.0, seen is None, attn_mask=seen, scale=call.scaling
             )[1]
-            found.append(total.exp().flip(-1))
-        observers = counted.flip(1).cumsum(1).flip(1).float()[:, None]
-        return torch.stack(found, 2).reshape(B, -1, T)[:, chosen.place], observers
+            found.append(total.exp() if seen is not None else total.exp().flip(-1))
+        return torch.stack(found, 2).reshape(B, -1, T)[:, chosen.place], _observers(counted, mask)
 
     return sums
+
+
+def _observers(counted: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """How many of the counted rows see each key, fp32 [B, 1, Tk]; without a mask, those from the key's own row on."""
+    if mask is None:
+        return counted.flip(1).cumsum(1).flip(1).float()[:, None]
+    found = torch.zeros(len(counted), 1, mask.shape[-1], device=mask.device)
+    for start in range(0, mask.shape[2], FEW_ROWS):
+        rows = slice(start, start + FEW_ROWS)
+        found += (mask[:, :, rows] & counted[:, None, rows, None]).sum(2)
+    return found
 
 
 def _biases(call: Call, terms: list[Term]) -> list[reference.Resolved]:

@@ -5,7 +5,7 @@ both sides alike; a row reports the median of the pairs' ratios and their spread
 from the definition is not timed at all.
 """
 
-from steerlens.bench.run import bench, over_budget
+from steerlens.bench.run import bench, over_budget, over_memory
 from steerlens.bench.settings import PRESETS, Settings
 
-__all__ = ["PRESETS", "Settings", "bench", "over_budget"]
+__all__ = ["PRESETS", "Settings", "bench", "over_budget", "over_memory"]

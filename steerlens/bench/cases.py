@@ -59,23 +59,24 @@ def few_heads(layers: int, heads: int) -> dict[int, list[int]]:
     return found
 
 
-def span(prompt: int) -> tuple[int, int]:
-    """The emphasised tokens: a quarter of the prompt, off its start."""
-    return prompt // 4, prompt // 2
+def span(prompt: int, pads: int = 0) -> tuple[int, int]:
+    """The emphasised tokens: a quarter of the tokens behind the pads, off their start."""
+    real = prompt - pads
+    return pads + real // 4, pads + real // 2
 
 
-def spans(prompt: int, batch: int) -> list[list[tuple[int, int]]]:
+def spans(prompt: int, pads: list[int]) -> list[list[tuple[int, int]]]:
     """`span` for every row, as `steer` takes it."""
-    return [[span(prompt)] for _ in range(batch)]
+    return [[span(prompt, n)] for n in pads]
 
 
-def budget(case: Case, phase: str, tokens: int, backend: str, device: str) -> float | None:
-    """The bound on steered over unsteered that holds for a row, or `None`."""
+def budget(case: Case, phase: str, tokens: int, backend: str, device: str, native: str = "sdpa") -> float | None:
+    """The bound on steered over unsteered (`native` attention) that holds for a row, or `None`."""
     if backend not in ("sdpa", "auto"):
         return None
     if phase == "decode":
         return 1.05 if 1024 <= tokens <= 8192 else None
-    if torch.device(device).type != "cpu" or not 2048 <= tokens <= 8192:
+    if native != "sdpa" or torch.device(device).type != "cpu" or not 2048 <= tokens <= 8192:
         return None
     if case.law == "static":
         return 1.15 if tokens == 8192 else 1.10

@@ -40,12 +40,17 @@ class NotRunnableError(Exception):
 
 
 @contextlib.contextmanager
-def prepare(name: str, model: Any, prompt: int, batch: int) -> Iterator[Prepared]:
-    """Make a peer ready for a prompt of `prompt` tokens.
+def prepare(name: str, model: Any, prompt: int, batch: int, padded: bool = False) -> Iterator[Prepared]:
+    """Make a peer ready for a prompt of `prompt` tokens, left-padded or not.
 
     Raises:
         NotRunnableError: if it is not installed or does not work with this model.
     """
+    family = model.config.model_type
+    if name != "eager" and family != "llama":
+        raise NotRunnableError(f"written for llama, not for {family}")
+    if name != "eager" and padded:
+        raise NotRunnableError("knows no left padding")
     with _MAKERS[name](model, prompt, batch) as prepared:
         yield prepared
 

@@ -38,7 +38,7 @@ class Prefill:
 
 
 class Decode:
-    """One single-token step per call; after `steps` of them the cache is cropped back, untimed."""
+    """One single-token step per call; after `steps` of them the cache is wound back to the prompt, untimed."""
 
     def __init__(
         self,
@@ -47,19 +47,27 @@ class Decode:
         steps: int,
         prefilled: Any = None,
         extra: Extra = nothing,
+        prompt_extra: dict[str, Any] | None = None,
     ) -> None:
-        """`prefilled` fills the cache (default `model`); `extra(seen)` gives a step its further arguments."""
+        """`prefilled` fills the cache (default `model`) given `prompt_extra`, `extra(seen)` is given to a step."""
         self.model, self.steps, self.extra = model, steps, extra
         self.prompt, self.done = ids.shape[1], 0
         self.token = ids[:, -1:]
         self.cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            (prefilled or model)(ids, **{caches.NAME: self.cache}, use_cache=True, logits_to_keep=1)
+            given = {caches.NAME: self.cache, **(prompt_extra or {})}
+            (prefilled or model)(ids, use_cache=True, logits_to_keep=1, **given)
+        self._start = [dict(vars(layer)) for layer in self.cache.layers]
+
+    def rewind(self) -> None:
+        """Back to the prompt. A layer with a sliding window cannot be cropped; a step makes new tensors in any."""
+        for layer, start in zip(self.cache.layers, self._start, strict=True):
+            vars(layer).update(start)
+        self.done = 0
 
     def __call__(self) -> float:
         if self.done == self.steps:
-            self.cache.crop(-self.done)
-            self.done = 0
+            self.rewind()
         extra = self.extra(self.prompt + self.done)
         self.done += 1
         return clock(
