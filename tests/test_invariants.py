@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
 from small_models import FAMILIES, NO_SDPA, build
 from transformers import DynamicCache, StaticCache
 
@@ -272,6 +273,10 @@ def test_static_cache_is_the_dynamic_one(family, name, model_of, prompts):
     model, (ids, mask) = model_of(family, native_of(family)), prompts("left")
     method = method_of(name, family) if name in METHODS else ACT(0.3, 0.08, decode="running")
     plain = generate(model, method, SPANS["left"], ids, mask)
+    try:
+        generate(model, [], None, ids, mask, cache_implementation="static")
+    except (AttributeError, KeyError, TypeError) as error:  # llama4 and qwen3_next on transformers 5.10
+        pytest.skip(f"transformers {transformers.__version__} cannot run {family} on a static cache at all: {error!r}")
     static = generate(model, method, SPANS["left"], ids, mask, cache_implementation="static")
     assert torch.equal(plain.sequences, static.sequences)
     assert apart(torch.stack(static.logits), torch.stack(plain.logits)) < 1e-4
