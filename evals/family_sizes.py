@@ -182,6 +182,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 UNBUILT = {
+    "dory": "no small config of it was found that runs with a cache, unsteered",
     "gemma3n": "its vision tower needs pillow and timm; its text model is gemma3n_text",
     "gemma4_assistant": "a draft model: every layer reads the keys of its target",
     "gemma4_unified_assistant": "a draft model: every layer reads the keys of its target",
