@@ -53,7 +53,7 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lower
             moves.append(_keep(item, now, length, start))
             continue
         # Layers with the same edit share its tensors.
-        key = (item.key if item.same is None else item.same, length, start)
+        key = (item.key if item.same is None else item.same, length, start, heads)
         lowered = now.memo.get(key)
         if lowered is None:
             lowered = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)

@@ -1,5 +1,6 @@
 """Families beyond those of the grid: the self-check, refusals by name, hybrids, vision-language models."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,20 @@ class TestHybrids:
             assert steered._engine.facts.heads == (8, 4, 8)
             with pytest.raises(HeadError, match=r"head 5 of layer 1.*0\.\.3"):
                 steerlens.steer(model, ZeroTuning(2.0, heads={1: [5]}))
+
+    def test_the_same_heads_of_layers_that_have_more_and_fewer(self, prompts):
+        model, (ids, mask) = tiny("laguna"), prompts("left")
+        for method in (STRONG, HeadMask("all")):
+            found = []
+            for heads in ("*:0,1", "1:0,1"):  # layer 1 has fewer than the others
+                for backend in ("auto", "reference"):
+                    with (
+                        torch.no_grad(),
+                        steerlens.steer(model, dataclasses.replace(method, heads=heads), backend=backend),
+                    ):
+                        found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+            assert apart(found[0], found[1]) < 1e-5 and apart(found[2], found[3]) < 1e-5
+            assert apart(found[0], found[2]) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
