@@ -332,6 +332,20 @@ def test_gradients(backend, name):
     assert torch.autograd.gradcheck(run, tensors, atol=1e-6, rtol=1e-4, fast_mode=True)
 
 
+@pytest.mark.parametrize("rows", [20, 8])
+@pytest.mark.parametrize("method", [ACT(0.3, 0.06), [ACT(0.3, 0.06), ZeroTuning(0.3)]], ids=["act", "composed"])
+def test_gradients_of_learned_sinks_alone(method, rows, prompts):
+    ids, _ = prompts(None)
+    found = []
+    for backend in ("sdpa", "reference"):
+        model = build("gpt_oss", "eager").requires_grad_(False)
+        sinks = model.model.layers[0].self_attn.sinks.requires_grad_()
+        with steerlens.steer(model, method, backend=backend):
+            model(ids[:, :rows]).logits.square().mean().backward()
+        found.append(sinks.grad)
+    assert apart(*found) < 1e-4 and found[0].abs().max() > 0
+
+
 def test_no_mask_at_all_is_an_all_ones_mask(model_of, prompts):
     """lm-eval's log-likelihood calls: right-padded, no mask."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("right")

@@ -118,7 +118,8 @@ class Call:
     @cached_property
     def needs_grad(self) -> bool:
         """Whether autograd will want to go through this call."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (self.query, self.key, self.value))
+        tensors = (self.query, self.key, self.value, self.sinks, self.mask)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def visible(self, rows: slice) -> torch.Tensor:
         """Which keys these query rows see, bool [B or 1, H or 1, r, Tk]."""
