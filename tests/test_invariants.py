@@ -586,6 +586,20 @@ def test_a_users_biases_are_those_of_the_native_model(backend, model_of, prompts
     assert apart(logits(model, ids, None), native) > 1e-2
 
 
+@torch.no_grad()
+def test_a_users_biases_hold_at_a_decode_step(model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    bias = 2 * torch.randn(21, 21, generator=torch.Generator().manual_seed(5))
+    hidden = torch.ones_like(bias, dtype=torch.bool).triu(1)
+    bias = bias.masked_fill(hidden, torch.finfo(torch.float32).min).expand(3, 1, 21, 21)
+    found = []
+    for backend in ("auto", "reference"):
+        with steerlens.steer(model, ACT(0.3, 0.08), backend=backend):
+            cache = model(ids, attention_mask=bias[..., :20, :20]).past_key_values
+            found.append(model(ids[:, :1], attention_mask=bias[..., 20:, :], past_key_values=cache).logits)
+    assert apart(*found) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_column_sums_in_sixteen_bit(dtype):
     """Sums from the transposed kernel keep the digits that fp32 weights of the same inputs have."""

@@ -329,7 +329,8 @@ class Selection:
 def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch.Tensor:
     """Mix o' = β·o + (1-β)·o_N for the edit's heads, o for the others."""
     output, lse = _run(call, whole, terms, want_lse=_has_lse(call))
-    if call.query.shape[2] == 1 and lse is not None and not terms and (few := edit.few()) is not None:
+    plain = call.query.shape[2] == 1 and not terms and not _biased(call)
+    if plain and lse is not None and (few := edit.few()) is not None:
         if few.index.shape[-1] == 0:
             return output
         if (less := _less_few(call, edit, output, lse, few)) is not None:
