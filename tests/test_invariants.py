@@ -586,6 +586,16 @@ def test_a_users_biases_are_those_of_the_native_model(backend, model_of, prompts
     assert apart(logits(model, ids, None), native) > 1e-2
 
 
+@pytest.mark.parametrize("methods", [ACT(0.1, 0.06), [ACT(0.1, 0.06), ZeroTuning(3.0)]], ids=["act", "composed"])
+def test_a_users_mask_of_each_head(methods, model_of, prompts):
+    """Heads that see more keys move mass to them, whatever the first head sees."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    visible = torch.stack([(distance >= 0) & (distance < 1 + head) for head in range(8)]).expand(3, 8, 20, 20)
+    got, expected = (logits(model, ids, visible, methods, backend=b) for b in ("sdpa", "reference"))
+    assert apart(got, expected) < 1e-4
+
+
 @torch.no_grad()
 def test_a_users_biases_hold_at_a_decode_step(model_of, prompts):
     model, (ids, _) = model_of("llama-gqa"), prompts(None)

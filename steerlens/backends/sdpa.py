@@ -339,7 +339,7 @@ def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     if not bool(keys.any()):
         return output
-    applies = call.sees_beside(keys)
+    applies = call.sees_beside(keys, edit.heads)
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
     old = output if chosen.whole else output[:, edit.heads]
@@ -400,7 +400,7 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     beta = edit.fraction
     safe = torch.where(rest > 0, rest, 1)
     change = safe.log() - (1 - beta + beta * safe).log() + (math.log(beta) if beta > 0 else HIDE)
-    change = torch.where((rest > 0) & call.sees_beside(keys), change.clamp(min=HIDE), 0)
+    change = torch.where((rest > 0) & call.sees_beside(keys, edit.heads), change.clamp(min=HIDE), 0)
     if edit.rows is not None:
         change = change * edit.rows[:, None]
     H, G, groups = call.query.shape[1], call.key.shape[1], call.groups
