@@ -586,6 +586,20 @@ def test_a_users_biases_are_those_of_the_native_model(backend, model_of, prompts
     assert apart(logits(model, ids, None), native) > 1e-2
 
 
+@pytest.mark.parametrize("hide", [-1e4, -1e9, -torch.inf])
+@pytest.mark.parametrize("name", ["zerotuning", "act", "headmask"])
+def test_numbers_that_a_users_mask_hides_keys_with(name, hide, model_of, prompts):
+    """Pads are no first tokens and no visible keys, whichever number it is."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    visible = torch.ones(20, 20, dtype=torch.bool).tril() & mask[:, None, None].bool()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = []
+    for given in (mask, torch.where(visible, 0.0, hide)):
+        with torch.no_grad(), steerlens.steer(model, METHODS[name]):
+            found.append(model(ids, attention_mask=given, position_ids=positions).logits[mask.bool()])
+    assert apart(*found) < 1e-5
+
+
 @pytest.mark.parametrize("methods", [ACT(0.1, 0.06), [ACT(0.1, 0.06), ZeroTuning(3.0)]], ids=["act", "composed"])
 def test_a_users_mask_of_each_head(methods, model_of, prompts):
     """Heads that see more keys move mass to them, whatever the first head sees."""

@@ -69,6 +69,11 @@ class Cut:
     uniform: bool
 
 
+def unhidden(mask: torch.Tensor) -> torch.Tensor:
+    """Where a bool or additive mask shows a key. -1e4, -1e9 and the like, as many write them, hide it as -inf does."""
+    return mask if mask.dtype == torch.bool else mask > -9e3
+
+
 FEW_ROWS = 16
 """Up to so many query rows a backend takes the simplest way."""
 Lowered = Bias | KeepMass | Cut
@@ -125,8 +130,7 @@ class Call:
         """Which keys these query rows see, bool [B or 1, H or 1, r, Tk]."""
         if self.mask is None:
             return self._causal(rows)
-        mask = self.mask[:, :, rows]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return unhidden(self.mask[:, :, rows])
 
     def additive(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """The mask as a term on the logits, -inf where not visible."""
