@@ -369,7 +369,10 @@ class Engine(Guarded):
         site.reached = True
         call = self._call(site, now, query, key, value, mask, scaling, extra)
         call.first = first
-        call.edits = lower(placed, now, site.layer, heads)
+        # diffllama attends twice in a layer, to each half of its values by the same weights.
+        called: Hashable = ("called", site.layer)
+        again, now.memo[called] = called in now.memo, True
+        call.edits = lower(placed, now, site.layer, heads, again)
         want_weights = bool(extra.get("output_attentions"))
         if not placed:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
@@ -389,7 +392,7 @@ class Engine(Guarded):
             native = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
             self.witness(site, output, native[0], now.real_rows())
             return native
-        for observer in self.observers:
+        for observer in () if again else self.observers:
             with torch.no_grad():
                 observer.observe(site.layer, call, now)
         return output, matrix

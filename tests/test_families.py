@@ -11,7 +11,7 @@ from test_invariants import apart
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import steerlens
-from steerlens import facts, selfcheck
+from steerlens import caches, facts, selfcheck
 from steerlens.errors import HeadError, RecipeError, UnsupportedError
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
@@ -181,6 +181,19 @@ def test_act_cannot_find_sinks_in_rows_that_are_not_computed(prompts):
     model, (ids, mask) = tiny("gemma4_text"), prompts("left")
     with steerlens.steer(model, ACT(0.3, 0.08)), pytest.raises(UnsupportedError, match="whole prompt"):
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_layer_that_attends_twice(prompts):
+    """diffllama's weights serve two halves of its values: one record of them, and sinks taken out of each half."""
+    model, (ids, mask) = tiny("diffllama"), prompts("left")
+    longer, found = torch.nn.functional.pad(mask, (0, 1), value=1), []
+    for backend in ("auto", "reference"):
+        with torch.no_grad(), steerlens.steer(model, ACT(0.3, 0.08), backend=backend), steerlens.capture(model) as seen:
+            first = model(ids, attention_mask=mask)
+            again = {caches.NAME: caches.find(first)}
+            found.append(model(ids[:, :1], attention_mask=longer, **again).logits)
+        assert seen[0].entropy.shape == (3, 8, 21)
+    assert apart(*found) < 1e-5
 
 
 class TestPackedSequences:
