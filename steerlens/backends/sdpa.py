@@ -317,11 +317,14 @@ class Selection:
             for t in terms
         ]
 
+    def spread(self, keys: torch.Tensor) -> torch.Tensor:
+        """`keys` [B, h, Tk] of the edit's heads at their places in the rectangle, [B, g, m, Tk]."""
+        at = {head: i for i, head in enumerate(self.heads)}
+        return keys[:, [at[h] for h in self.index]].unflatten(1, (len(self.kv), self.width))
+
     def outside(self, keys: torch.Tensor) -> list[Term]:
         """Terms that hide `keys` [B, h, Tk], each from its own head of the rectangle."""
-        B, _, Tk = keys.shape
-        at = {head: i for i, head in enumerate(self.heads)}
-        table = keys[:, [at[h] for h in self.index]].reshape(B, len(self.kv), self.width, Tk)
+        table = self.spread(keys)
         own = torch.eye(self.width, device=keys.device).repeat(1, len(self.kv))
         return [Term(HIDE * own[m][None, :, None], table[:, :, m]) for m in range(self.width)]
 
@@ -391,16 +394,16 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     inputs, B, Tk = chosen.inputs(whole), keys.shape[0], keys.shape[2]
     at = {head: i for i, head in enumerate(edit.heads)}
-    table = keys[:, [at[h] for h in chosen.index]].reshape(B, len(chosen.kv), chosen.width, Tk)
-    # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
-    indicator = (~table).transpose(-1, -2).to(inputs.value.dtype)
-    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0), chosen.terms(terms))
-    rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
-    rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32)).clamp(max=1)
+    if lse is not None:
+        # From log-sum-exps: no 1-ψ is too small for its logarithm.
+        outside = _run(call, inputs, [*chosen.terms(terms), *chosen.outside(keys)], want_lse=True)[1]
+        assert outside is not None
+        log_rest = (outside[:, chosen.place] - lse[:, edit.heads]).clamp(max=0)
+    else:
+        log_rest = _log_rest(call, inputs, chosen, chosen.terms(terms), keys)
     beta = edit.fraction
-    safe = torch.where(rest > 0, rest, 1)
-    change = safe.log() - (1 - beta + beta * safe).log() + (math.log(beta) if beta > 0 else HIDE)
-    change = torch.where((rest > 0) & call.sees_beside(keys, edit.heads), change.clamp(min=HIDE), 0)
+    change = log_rest - (1 - beta + beta * log_rest.exp()).log() + (math.log(beta) if beta > 0 else HIDE)
+    change = torch.where(call.sees_beside(keys, edit.heads), change.clamp(min=HIDE), 0)
     if edit.rows is not None:
         change = change * edit.rows[:, None]
     H, G, groups = call.query.shape[1], call.key.shape[1], call.groups
@@ -414,6 +417,17 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
             on[:, [h // groups for h in heads]] = keys[:, own]
             found.append(Term(weights, on))
     return found
+
+
+def _log_rest(call: Call, inputs: Inputs, chosen: Selection, terms: list[Term], keys: torch.Tensor) -> torch.Tensor:
+    """log(1-ψ) of the edit's heads for S = `keys` [B, h, Tk], differentiable, [B, h, Tq]."""
+    # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
+    indicator = (~chosen.spread(keys)).transpose(-1, -2).to(inputs.value.dtype)
+    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0), terms)
+    rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
+    rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32))
+    dtype = torch.finfo(masses.dtype)
+    return rest.clamp(min=max(dtype.tiny * dtype.eps, torch.finfo(rest.dtype).tiny), max=1).log()
 
 
 def _has_lse(call: Call) -> bool:
