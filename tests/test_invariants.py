@@ -600,12 +600,14 @@ def test_numbers_that_a_users_mask_hides_keys_with(name, hide, model_of, prompts
     assert apart(*found) < 1e-5
 
 
-@pytest.mark.parametrize("methods", [ACT(0.1, 0.06), [ACT(0.1, 0.06), ZeroTuning(3.0)]], ids=["act", "composed"])
-def test_a_users_mask_of_each_head(methods, model_of, prompts):
+@pytest.mark.parametrize("heads", ["all", "*:1,2,6"])
+@pytest.mark.parametrize("more", [[], [ZeroTuning(3.0)]], ids=["act", "composed"])
+def test_a_users_mask_of_each_head(heads, more, model_of, prompts):
     """Heads that see more keys move mass to them, whatever the first head sees."""
     model, (ids, _) = model_of("llama-gqa"), prompts(None)
     distance = torch.arange(20)[:, None] - torch.arange(20)
     visible = torch.stack([(distance >= 0) & (distance < 1 + head) for head in range(8)]).expand(3, 8, 20, 20)
+    methods = [ACT(0.1, 0.06, heads=heads), *more]
     got, expected = (logits(model, ids, visible, methods, backend=b) for b in ("sdpa", "reference"))
     assert apart(got, expected) < 1e-4
 

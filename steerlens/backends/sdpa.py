@@ -50,6 +50,7 @@ class Inputs:
     """Some query heads of a call as a rectangle: `query` [B, g·m, Tq, D] over `key`/`value` [B, g, Tk, D].
 
     `sinks` are logits of learned sinks, fp32 [B or 1, g·m, Tq or 1]; `sink_value` is their value, on every channel.
+    `heads` are the call's query heads that these are, for masks that differ by head; `None` for all of them.
     """
 
     query: torch.Tensor
@@ -57,6 +58,7 @@ class Inputs:
     value: torch.Tensor
     sinks: torch.Tensor | None = None
     sink_value: float = 0.0
+    heads: list[int] | None = None
 
 
 def attention(call: Call) -> torch.Tensor:
@@ -114,6 +116,8 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     query, key, value = inputs.query, inputs.key, inputs.value
     width = value.shape[-1]
     mask, causal = call.mask, call.mask is None and query.shape[2] > 1
+    if mask is not None and mask.shape[1] > 1 and inputs.heads is not None:
+        mask = mask[:, inputs.heads]
     if causal and (call.offset != 0 or query.shape[2] > key.shape[2]):
         mask, causal = call.visible(slice(None)), False
     if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
@@ -175,7 +179,7 @@ def _run_with_sinks(
     sink[..., 0] = True
     terms = [Term(_in_front(t.weights, front), F.pad(t.keys, (1, 0))) for t in terms]
     terms.append(Term(_in_front(sinks, front), sink))
-    output, lse = _run(longer, Inputs(query, key, value), terms, want_lse)
+    output, lse = _run(longer, Inputs(query, key, value, heads=inputs.heads), terms, want_lse)
     return output[:, :, front:], None if lse is None else lse[:, :, front:]
 
 
@@ -306,9 +310,10 @@ class Selection:
         """The rectangle's query, key and value."""
         query = whole.query if self.whole else whole.query[:, self.index]
         sinks = whole.sinks if self.whole or whole.sinks is None else whole.sinks[:, self.index]
+        heads = None if self.whole else self.index
         if self.all_kv:
-            return Inputs(query, whole.key, whole.value, sinks)
-        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks)
+            return Inputs(query, whole.key, whole.value, sinks, heads=heads)
+        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks, heads=heads)
 
     def terms(self, terms: list[Term]) -> list[Term]:
         """Terms of the whole call, for the rectangle."""
@@ -423,7 +428,7 @@ def _log_rest(call: Call, inputs: Inputs, chosen: Selection, terms: list[Term], 
     """log(1-ψ) of the edit's heads for S = `keys` [B, h, Tk], differentiable, [B, h, Tq]."""
     # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
     indicator = (~chosen.spread(keys)).transpose(-1, -2).to(inputs.value.dtype)
-    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0), terms)
+    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0, inputs.heads), terms)
     rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
     rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32))
     dtype = torch.finfo(masses.dtype)
