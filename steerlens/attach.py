@@ -156,9 +156,11 @@ class Steering:
         engine = self._engine
         if self not in engine.contexts:
             return
-        self._calls = self._counts()
-        engine.contexts.remove(self)
-        engine.update()
+        try:
+            self._calls = self._counts()
+        finally:
+            engine.contexts.remove(self)
+            engine.update()
         for prompt in [p for _, p in engine.prompts.values()]:
             for key in [k for k in prompt.sinks if isinstance(k, tuple) and k[0] == id(self)]:
                 del prompt.sinks[key]

@@ -88,10 +88,13 @@ class Site(Guarded):
         self.placed: list[Placed] = []
         self.calls = self.rows = 0
         self.reached = True
+
+    def route(self) -> None:
+        """Have the module call our attention function, until `release`."""
         routed = copy.copy(self.config)
         routed._attn_implementation_internal = NAME
-        module.config = routed
-        module.__dict__["_steerlens"] = self
+        self.module.config = routed
+        self.module.__dict__["_steerlens"] = self
 
     def release(self) -> None:
         """Give the module its own config back."""
@@ -158,24 +161,36 @@ class Engine(Guarded):
         """Route the layers that the contexts in force need, release the others."""
         if self.users and self._forward is None and self.witness is None:
             selfcheck.verify(self)
+        try:
+            self._route()
+        except BaseException:  # Ctrl-C: what it left half done is known, and can be done again
+            self._route()
+            raise
+
+    def _route(self) -> None:
         wanted = {layer for context in self.contexts for layer in context.plan}
         wanted |= {layer for record in self.records for layer in record.layers}
         for layer in set(self.sites) - wanted:
-            self.sites.pop(layer).release()
+            self.sites[layer].release()
+            del self.sites[layer]
         for layer in sorted(wanted - set(self.sites)):
             self.sites[layer] = Site(self, layer, self.modules[layer])
+            self.sites[layer].route()
         for layer, site in self.sites.items():
             site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
         models = {id(user.model): user.model for user in self.users}
         for known in set(self.wrappers) - set(models):
-            self.wrappers.pop(known).release()
+            self.wrappers[known].release()
+            del self.wrappers[known]
         for known in set(models) - set(self.wrappers):
             self.wrappers[known] = Wrapper(models[known], self)
+            self.wrappers[known].install()
         active = bool(models)
         if active and self._forward is None:
             self._forward = EagerForward(self.base, self.describe(), self._run)
+            self._forward.install()
             self.base.__dict__["_steerlens_engine"] = self
         elif not active:
             if self._forward is not None:
@@ -369,7 +384,10 @@ class Engine(Guarded):
         site.reached = True
         call = self._call(site, now, query, key, value, mask, scaling, extra)
         call.first = first
-        call.edits = lower(placed, now, site.layer, heads)
+        # diffllama attends twice in a layer, to each half of its values by the same weights.
+        called: Hashable = ("called", site.layer)
+        again, now.memo[called] = called in now.memo, True
+        call.edits = lower(placed, now, site.layer, heads, again)
         want_weights = bool(extra.get("output_attentions"))
         if not placed:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
@@ -389,7 +407,7 @@ class Engine(Guarded):
             native = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
             self.witness(site, output, native[0], now.real_rows())
             return native
-        for observer in self.observers:
+        for observer in () if again else self.observers:
             with torch.no_grad():
                 observer.observe(site.layer, call, now)
         return output, matrix

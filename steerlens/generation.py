@@ -155,8 +155,12 @@ class Wrapper:
     REPLACED = ("generate", "set_attn_implementation", "get_compiled_call", "_get_logits_processor", *CONTINUOUS)
 
     def __init__(self, model: Any, engine: Engine) -> None:
-        self.model = model
+        self.model, self.engine = model, engine
         self.before = {name: model.__dict__.get(name) for name in self.REPLACED}
+
+    def install(self) -> None:
+        """Put the replacements on."""
+        model, engine = self.model, self.engine
         if hasattr(model, "generate"):
             model.__dict__["generate"] = _generate(weakref.ref(model), self.before["generate"], engine)
         if hasattr(model, "_get_logits_processor"):

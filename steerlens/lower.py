@@ -35,7 +35,7 @@ class Placed:
     same: Hashable = None
 
 
-def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lowered]:
+def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool = False) -> list[Lowered]:
     """The edits of a layer, for the keys it sees in this forward; ablations last, as they win.
 
     Args:
@@ -43,6 +43,7 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lower
         now: the forward.
         layer: layer index; `now.keys[layer]` says which columns its keys hold.
         heads: H.
+        again: whether this layer attends another time in this forward, to other values by the same weights.
     """
     length, start = now.keys[layer]
     moves: list[Lowered] = []
@@ -50,10 +51,10 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int) -> list[Lower
     for item in placed:
         edit = item.edit
         if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
-            moves.append(_keep(item, now, length, start))
+            moves.append(_keep(item, now, length, start, again))
             continue
         # Layers with the same edit share its tensors.
-        key = (item.key if item.same is None else item.same, length, start)
+        key = (item.key if item.same is None else item.same, length, start, heads)
         lowered = now.memo.get(key)
         if lowered is None:
             lowered = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)
@@ -125,7 +126,7 @@ def _bias(item: Placed, now: Pass, length: int, start: int, heads: int) -> Bias:
     return Bias(weights if rows is None else weights * rows[:, None], _keys(item, edit, now, length, start))
 
 
-def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
+def _keep(item: Placed, now: Pass, length: int, start: int, again: bool) -> KeepMass:
     edit = item.edit
     assert isinstance(edit, Reweight) and isinstance(edit.law, Keep)
     law = edit.law
@@ -134,7 +135,7 @@ def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
     def find(sums: Sums) -> torch.Tensor:
         if not found:
             if isinstance(edit.keys, Sinks):
-                keys, batch = _sinks(item, edit.keys, now, length, start, sums), _batch(item, now)
+                keys, batch = _sinks(item, edit.keys, now, length, start, sums, again), _batch(item, now)
                 found.append(keys if batch is None else keys & batch[:, None, None])
             else:
                 found.append(_keys(item, edit, now, length, start)[:, None].expand(-1, len(edit.heads), -1))
@@ -142,7 +143,7 @@ def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
 
     def few() -> Few | None:
         state = now.prompt.sinks.get(item.key)
-        if state is None or edit.batch is not None or not isinstance(edit.keys, Sinks) or edit.keys.running:
+        if state is None or again or edit.batch is not None or not isinstance(edit.keys, Sinks) or edit.keys.running:
             return None
         columns, meant = state.index
         if columns.shape[-1] > FEW:
@@ -154,7 +155,7 @@ def _keep(item: Placed, now: Pass, length: int, start: int) -> KeepMass:
     return KeepMass(list(edit.heads), law.fraction, find, now.rows(edit.phase), few)
 
 
-def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums) -> torch.Tensor:
+def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums, again: bool) -> torch.Tensor:
     prompt = now.prompt
     state = prompt.sinks.get(item.key)
     if state is None:
@@ -176,7 +177,7 @@ def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: 
         raise UnsupportedError(
             "act with decode='running' keeps sums per row, which beams reorder: use num_beams=1 or decode='frozen'"
         )
-    if rule.running and now.columns > prompt.width:
+    if rule.running and now.columns > prompt.width and not again:
         if now.q_len > 1:
             raise UnsupportedError(
                 f"act with decode='running' renews its sinks with every generated row; this forward holds {now.q_len} "

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from steerlens.backends.call import FEW_ROWS
+from steerlens.backends.call import FEW_ROWS, unhidden
 from steerlens.errors import UnsupportedError
 
 
 def canonical(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A float mask of zeros and -inf-like values as the bool mask it stands for; real biases stay."""
+    """A float mask of zeros and of values that hide as the bool mask it stands for; real biases stay."""
     if mask is None or mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
         return mask.bool()
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return ~hidden if bool(((mask == 0) | hidden).all()) else mask
+    visible = unhidden(mask)
+    return visible if bool(((mask == 0) | ~visible).all()) else mask
 
 
 def is_causal_padding(mask: torch.Tensor | None, offset: int, real: torch.Tensor | None) -> bool:
@@ -82,6 +82,6 @@ def token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
         return mask, True
     if mask.ndim != 4:
         raise UnsupportedError(f"attention_mask has shape {tuple(mask.shape)}; allowed: [B, T] or [B, 1, Tq, Tk]")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = unhidden(mask)
     # The mask of a sliding-window cache begins where its window does, and tells nothing of the columns before.
     return (visible.any(1).any(1) if visible.shape[-1] >= columns else None), False

@@ -81,9 +81,9 @@ def _probe(base: Any, facts: ModelFacts, parameter: torch.Tensor) -> None:
     from steerlens.attach import steer
     from steerlens.engine import Engine
 
-    what = f"model family {facts.family!r}"
+    what, device = f"model family {facts.family!r}", _device(base)
     try:
-        expected = _forwards(base, parameter.device)
+        expected = _forwards(base, device)
     except Exception as error:
         why = f"does not run the self-check's probe unsteered ({type(error).__name__}: {error})"
         raise refuse(what, why) from error
@@ -91,7 +91,7 @@ def _probe(base: Any, facts: ModelFacts, parameter: torch.Tensor) -> None:
     witness = engine.witness = Witness()
     try:
         with steer(base, Identity()):
-            found = _forwards(base, parameter.device)
+            found = _forwards(base, device)
     except NotReachedError as error:
         raise refuse(what, f"fails the self-check: {error}") from error
     except UnsupportedError as error:
@@ -106,6 +106,16 @@ def _probe(base: Any, facts: ModelFacts, parameter: torch.Tensor) -> None:
         seen = ", ".join(f"layer {layer}: {worst:.1e}" for layer, worst in wrong.items()) or f"its output: {moved:.1e}"
         why = f"fails the self-check: an edit that changes nothing moves {seen} of the largest value (<= {bound:.0e})"
         raise refuse(what, why)
+
+
+def _device(base: torch.nn.Module) -> torch.device:
+    """Where the model takes its inputs: offloaded weights are on `meta` until accelerate's hooks fetch them."""
+    for module in base.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if (device := getattr(part, "execution_device", None)) is not None:
+                return torch.device(device)
+    return next(base.parameters()).device
 
 
 def _forwards(base: Any, device: torch.device) -> list[torch.Tensor]:

@@ -61,8 +61,12 @@ class EagerForward:
             compiled = parts or torch.compiler.is_compiling()
             return disabled(*args, **kwargs) if compiled else around(original, args, kwargs)
 
-        module.__dict__["forward"] = forward
+        self._steered = forward
         self._who, self._noted = who, False
+
+    def install(self) -> None:
+        """Put it on."""
+        self.module.__dict__["forward"] = self._steered
 
     def note(self) -> None:
         """Say once that compiled code is not what runs."""

@@ -1,5 +1,6 @@
 """Families beyond those of the grid: the self-check, refusals by name, hybrids, vision-language models."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import steerlens
-from steerlens import facts, selfcheck
+from steerlens import caches, decoder, facts, selfcheck
 from steerlens.errors import HeadError, RecipeError, UnsupportedError
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
@@ -147,6 +148,20 @@ class TestHybrids:
             with pytest.raises(HeadError, match=r"head 5 of layer 1.*0\.\.3"):
                 steerlens.steer(model, ZeroTuning(2.0, heads={1: [5]}))
 
+    def test_the_same_heads_of_layers_that_have_more_and_fewer(self, prompts):
+        model, (ids, mask) = tiny("laguna"), prompts("left")
+        for method in (STRONG, HeadMask("all")):
+            found = []
+            for heads in ("*:0,1", "1:0,1"):  # layer 1 has fewer than the others
+                for backend in ("auto", "reference"):
+                    with (
+                        torch.no_grad(),
+                        steerlens.steer(model, dataclasses.replace(method, heads=heads), backend=backend),
+                    ):
+                        found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+            assert apart(found[0], found[1]) < 1e-5 and apart(found[2], found[3]) < 1e-5
+            assert apart(found[0], found[2]) > 1e-3
+
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 @pytest.mark.parametrize(
@@ -170,6 +185,21 @@ def test_act_cannot_find_sinks_in_rows_that_are_not_computed(prompts):
         pytest.skip(f"transformers {transformers.__version__} computes every row of gemma4's layers that share keys")
     with steerlens.steer(model, ACT(0.3, 0.08)), pytest.raises(UnsupportedError, match="whole prompt"):
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_layer_that_attends_twice(prompts):
+    """diffllama's weights serve two halves of its values: one record of them, and sinks taken out of each half."""
+    model, (ids, mask) = tiny("diffllama"), prompts("left")
+    if not decoder.uses_interface(type(model.model.layers[0].self_attn)):
+        pytest.skip("older transformers compute diffllama's attention in code of its own")
+    longer, found = torch.nn.functional.pad(mask, (0, 1), value=1), []
+    for backend in ("auto", "reference"):
+        with torch.no_grad(), steerlens.steer(model, ACT(0.3, 0.08), backend=backend), steerlens.capture(model) as seen:
+            first = model(ids, attention_mask=mask)
+            again = {caches.NAME: caches.find(first)}
+            found.append(model(ids[:, :1], attention_mask=longer, **again).logits)
+        assert seen[0].entropy.shape == (3, 8, 21)
+    assert apart(*found) < 1e-5
 
 
 class TestPackedSequences:

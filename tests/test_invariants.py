@@ -337,6 +337,20 @@ def test_gradients(backend, name):
     assert torch.autograd.gradcheck(run, tensors, atol=1e-6, rtol=1e-4, fast_mode=True)
 
 
+@pytest.mark.parametrize("rows", [20, 8])
+@pytest.mark.parametrize("method", [ACT(0.3, 0.06), [ACT(0.3, 0.06), ZeroTuning(0.3)]], ids=["act", "composed"])
+def test_gradients_of_learned_sinks_alone(method, rows, prompts):
+    ids, _ = prompts(None)
+    found = []
+    for backend in ("sdpa", "reference"):
+        model = build("gpt_oss", "eager").requires_grad_(False)
+        sinks = model.model.layers[0].self_attn.sinks.requires_grad_()
+        with steerlens.steer(model, method, backend=backend):
+            model(ids[:, :rows]).logits.square().mean().backward()
+        found.append(sinks.grad)
+    assert apart(*found) < 1e-4 and found[0].abs().max() > 0
+
+
 def test_no_mask_at_all_is_an_all_ones_mask(model_of, prompts):
     """lm-eval's log-likelihood calls: right-padded, no mask."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("right")
@@ -575,6 +589,46 @@ def test_a_users_biases_are_those_of_the_native_model(backend, model_of, prompts
     native = logits(model, ids, bias)
     assert apart(logits(model, ids, bias, Identity(), backend=backend), native) < 1e-5
     assert apart(logits(model, ids, None), native) > 1e-2
+
+
+@pytest.mark.parametrize("hide", [-1e4, -1e9, -torch.inf])
+@pytest.mark.parametrize("name", ["zerotuning", "act", "headmask"])
+def test_numbers_that_a_users_mask_hides_keys_with(name, hide, model_of, prompts):
+    """Pads are no first tokens and no visible keys, whichever number it is."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    visible = torch.ones(20, 20, dtype=torch.bool).tril() & mask[:, None, None].bool()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = []
+    for given in (mask, torch.where(visible, 0.0, hide)):
+        with torch.no_grad(), steerlens.steer(model, METHODS[name]):
+            found.append(model(ids, attention_mask=given, position_ids=positions).logits[mask.bool()])
+    assert apart(*found) < 1e-5
+
+
+@pytest.mark.parametrize("heads", ["all", "*:1,2,6"])
+@pytest.mark.parametrize("more", [[], [ZeroTuning(3.0)]], ids=["act", "composed"])
+def test_a_users_mask_of_each_head(heads, more, model_of, prompts):
+    """Heads that see more keys move mass to them, whatever the first head sees."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    visible = torch.stack([(distance >= 0) & (distance < 1 + head) for head in range(8)]).expand(3, 8, 20, 20)
+    methods = [ACT(0.1, 0.06, heads=heads), *more]
+    got, expected = (logits(model, ids, visible, methods, backend=b) for b in ("sdpa", "reference"))
+    assert apart(got, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_a_users_biases_hold_at_a_decode_step(model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    bias = 2 * torch.randn(21, 21, generator=torch.Generator().manual_seed(5))
+    hidden = torch.ones_like(bias, dtype=torch.bool).triu(1)
+    bias = bias.masked_fill(hidden, torch.finfo(torch.float32).min).expand(3, 1, 21, 21)
+    found = []
+    for backend in ("auto", "reference"):
+        with steerlens.steer(model, ACT(0.3, 0.08), backend=backend):
+            cache = model(ids, attention_mask=bias[..., :20, :20]).past_key_values
+            found.append(model(ids[:, :1], attention_mask=bias[..., 20:, :], past_key_values=cache).logits)
+    assert apart(*found) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -322,6 +322,21 @@ def test_pads_are_no_keys_that_mass_could_go_to(backend):
     close(found[0], found[1].tolist())
 
 
+@pytest.mark.parametrize("native", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_law_before_another_where_one_key_has_all(native):
+    """1-ψ is too small for the dtype, and still the law holds: what S loses goes to the rest."""
+    gap = 120.0 if native == torch.float32 else 20.0
+    q = torch.tensor([1.0, 0]).expand(1, 1, 1, 2)
+    k = torch.tensor([[0.0, 0], [gap, 0], [-1.0, 0]])[None, None]
+    v = torch.eye(3)[None, None, :, :2]
+    edits = [KeepMass([0], 0.3, lambda sums: torch.tensor([[[False, True, False]]]), None)]
+    edits.append(Bias(torch.zeros(1, 1, 1), torch.tensor([[True, False, False]])))
+    call = Call(*(t.to(native) for t in (q, k, v)), None, 1.0, None, 2, None, True, edits)
+    first = 0.7 / (1 + math.exp(-1))
+    for backend in BACKENDS:
+        close(compute(backend, call)[0, 0, 0].float(), (first, 0.3), 1e-5 if native == torch.float32 else 2e-3)
+
+
 def test_split_stays_finite_and_adds_up():
     values = torch.tensor([1e6, -1e6, math.pi, -1000 / 0.0625])
     for dtype in (torch.float16, torch.bfloat16):

@@ -5,12 +5,13 @@ import importlib.util
 import pytest
 import torch
 from small_models import build
+from steerlens.evals.families import tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import steerlens
-from steerlens import lower
+from steerlens import lower, selfcheck
 from steerlens.methods import ACT, PASTA, HeadMask, PerRow, ZeroTuning
 from steerlens.passes import Prompt
 
@@ -81,6 +82,22 @@ class TestOffload:
             assert real_close(both(model, ids, mask), expected, mask)
         assert torch.equal(both(model, ids, mask)[0], native[0]) and model.model.__dict__.get("forward") is forward
         assert not real_close(native, expected, mask, 1e-2)
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_offloaded_models_pass_the_self_check(way, prompts, tmp_path, monkeypatch):
+    from accelerate import cpu_offload, disk_offload
+
+    monkeypatch.setattr(selfcheck, "_passed", set())
+    (ids, mask), found = prompts("left"), []
+    for model in (tiny("starcoder2"), tiny("starcoder2")):
+        if found:
+            places = {"execution_device": "cpu"}
+            cpu_offload(model, **places) if way == "cpu" else disk_offload(model, tmp_path, **places)
+        with torch.no_grad(), steerlens.steer(model, METHODS["act"]):
+            found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+        selfcheck._passed.clear()
+    assert next(model.parameters()).device.type == "meta" and torch.equal(*found)
 
 
 class Answers(TorchDispatchMode):

@@ -7,6 +7,8 @@ are those of the whole sequence at once under the contexts now in force. Each me
 import copy
 import dataclasses
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +192,37 @@ def test_a_released_cache_takes_its_state_along():
         assert len(prompts) == 3
         del kept[1:]
         assert len(prompts) == 1
+
+
+@pytest.mark.parametrize("phase", ["attach", "detach"])
+def test_ctrl_c_at_any_line_of_attaching_and_detaching(phase, model_of):
+    model, names = model_of("llama-gqa"), ("_route", "__init__", "route", "install", "release")
+    owners = [model, model.model, model.model.layers[0].self_attn]
+    before, count, stop = [set(owner.__dict__) for owner in owners], 0, 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_name not in names or Path(frame.f_code.co_filename).parent.name != "steerlens":
+            return None
+        if event == "line":
+            count += 1
+            if count == stop:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    while count >= stop:  # until there is no further line
+        count, stop = 0, stop + 1
+        steered = steerlens.steer(model, [ZeroTuning(2.0), ACT(0.3, 0.08)])
+        try:
+            for name in ("attach", "detach"):
+                sys.settrace(trace if name == phase else None)
+                getattr(steered, name)()
+                sys.settrace(None)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert [set(owner.__dict__) for owner in owners] == before, stop
+        assert model.model.layers[0].self_attn.config is model.config
+    assert stop > 30

@@ -69,6 +69,11 @@ class Cut:
     uniform: bool
 
 
+def unhidden(mask: torch.Tensor) -> torch.Tensor:
+    """Where a bool or additive mask shows a key. -1e4, -1e9 and the like, as many write them, hide it as -inf does."""
+    return mask if mask.dtype == torch.bool else mask > -9e3
+
+
 FEW_ROWS = 16
 """Up to so many query rows a backend takes the simplest way."""
 Lowered = Bias | KeepMass | Cut
@@ -118,14 +123,14 @@ class Call:
     @cached_property
     def needs_grad(self) -> bool:
         """Whether autograd will want to go through this call."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (self.query, self.key, self.value))
+        tensors = (self.query, self.key, self.value, self.sinks, self.mask)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def visible(self, rows: slice) -> torch.Tensor:
         """Which keys these query rows see, bool [B or 1, H or 1, r, Tk]."""
         if self.mask is None:
             return self._causal(rows)
-        mask = self.mask[:, :, rows]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return unhidden(self.mask[:, :, rows])
 
     def additive(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """The mask as a term on the logits, -inf where not visible."""
@@ -141,20 +146,19 @@ class Call:
         visible = (torch.arange(self.key.shape[2], device=device) <= queries[:, None])[None, None]
         return visible if self.real is None else visible & self.real[:, None, None]
 
-    def sees_beside(self, keys: torch.Tensor) -> torch.Tensor:
-        """Whether each query row sees a key outside `keys` [B, h, Tk], bool [B, h, Tq]; a learned sink is one."""
+    def sees_beside(self, keys: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        """Whether the rows of `heads` see a key outside `keys` [B, h, Tk], bool [B, h, Tq]; a learned sink is one."""
         if self.sinks is not None:
             return keys.new_ones(*keys.shape[:2], self.query.shape[2])
-        return self._sees(~keys)
-
-    def _sees(self, keys: torch.Tensor) -> torch.Tensor:
+        keys = ~keys
         if self.plain or self.mask is None:
             keys = keys if self.real is None else keys & self.real[:, None]
             upto = keys.long().cummax(-1).values.bool()
             rows = torch.arange(self.query.shape[2], device=keys.device) + self.offset
             return upto[..., rows.clamp(max=keys.shape[-1] - 1)]
-        found = [
-            (self.visible(slice(i, i + 64))[:, :1].float() @ keys[..., None].float()).squeeze(-1) > 0
-            for i in range(0, self.query.shape[2], 64)
-        ]
+        found = []
+        for i in range(0, self.query.shape[2], 64):
+            visible = self.visible(slice(i, i + 64))
+            visible = visible if visible.shape[1] == 1 else visible[:, heads]
+            found.append((visible.float() @ keys[..., None].float()).squeeze(-1) > 0)
         return torch.cat(found, -1)

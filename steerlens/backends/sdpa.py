@@ -50,6 +50,7 @@ class Inputs:
     """Some query heads of a call as a rectangle: `query` [B, g·m, Tq, D] over `key`/`value` [B, g, Tk, D].
 
     `sinks` are logits of learned sinks, fp32 [B or 1, g·m, Tq or 1]; `sink_value` is their value, on every channel.
+    `heads` are the call's query heads that these are, for masks that differ by head; `None` for all of them.
     """
 
     query: torch.Tensor
@@ -57,6 +58,7 @@ class Inputs:
     value: torch.Tensor
     sinks: torch.Tensor | None = None
     sink_value: float = 0.0
+    heads: list[int] | None = None
 
 
 def attention(call: Call) -> torch.Tensor:
@@ -114,6 +116,8 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     query, key, value = inputs.query, inputs.key, inputs.value
     width = value.shape[-1]
     mask, causal = call.mask, call.mask is None and query.shape[2] > 1
+    if mask is not None and mask.shape[1] > 1 and inputs.heads is not None:
+        mask = mask[:, inputs.heads]
     if causal and (call.offset != 0 or query.shape[2] > key.shape[2]):
         mask, causal = call.visible(slice(None)), False
     if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
@@ -175,7 +179,7 @@ def _run_with_sinks(
     sink[..., 0] = True
     terms = [Term(_in_front(t.weights, front), F.pad(t.keys, (1, 0))) for t in terms]
     terms.append(Term(_in_front(sinks, front), sink))
-    output, lse = _run(longer, Inputs(query, key, value), terms, want_lse)
+    output, lse = _run(longer, Inputs(query, key, value, heads=inputs.heads), terms, want_lse)
     return output[:, :, front:], None if lse is None else lse[:, :, front:]
 
 
@@ -306,9 +310,10 @@ class Selection:
         """The rectangle's query, key and value."""
         query = whole.query if self.whole else whole.query[:, self.index]
         sinks = whole.sinks if self.whole or whole.sinks is None else whole.sinks[:, self.index]
+        heads = None if self.whole else self.index
         if self.all_kv:
-            return Inputs(query, whole.key, whole.value, sinks)
-        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks)
+            return Inputs(query, whole.key, whole.value, sinks, heads=heads)
+        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks, heads=heads)
 
     def terms(self, terms: list[Term]) -> list[Term]:
         """Terms of the whole call, for the rectangle."""
@@ -317,11 +322,14 @@ class Selection:
             for t in terms
         ]
 
+    def spread(self, keys: torch.Tensor) -> torch.Tensor:
+        """`keys` [B, h, Tk] of the edit's heads at their places in the rectangle, [B, g, m, Tk]."""
+        at = {head: i for i, head in enumerate(self.heads)}
+        return keys[:, [at[h] for h in self.index]].unflatten(1, (len(self.kv), self.width))
+
     def outside(self, keys: torch.Tensor) -> list[Term]:
         """Terms that hide `keys` [B, h, Tk], each from its own head of the rectangle."""
-        B, _, Tk = keys.shape
-        at = {head: i for i, head in enumerate(self.heads)}
-        table = keys[:, [at[h] for h in self.index]].reshape(B, len(self.kv), self.width, Tk)
+        table = self.spread(keys)
         own = torch.eye(self.width, device=keys.device).repeat(1, len(self.kv))
         return [Term(HIDE * own[m][None, :, None], table[:, :, m]) for m in range(self.width)]
 
@@ -329,7 +337,8 @@ class Selection:
 def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch.Tensor:
     """Mix o' = β·o + (1-β)·o_N for the edit's heads, o for the others."""
     output, lse = _run(call, whole, terms, want_lse=_has_lse(call))
-    if call.query.shape[2] == 1 and lse is not None and not terms and (few := edit.few()) is not None:
+    plain = call.query.shape[2] == 1 and not terms and not _biased(call)
+    if plain and lse is not None and (few := edit.few()) is not None:
         if few.index.shape[-1] == 0:
             return output
         if (less := _less_few(call, edit, output, lse, few)) is not None:
@@ -338,7 +347,7 @@ def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     if not bool(keys.any()):
         return output
-    applies = call.sees_beside(keys)
+    applies = call.sees_beside(keys, edit.heads)
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
     old = output if chosen.whole else output[:, edit.heads]
@@ -390,16 +399,16 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     inputs, B, Tk = chosen.inputs(whole), keys.shape[0], keys.shape[2]
     at = {head: i for i, head in enumerate(edit.heads)}
-    table = keys[:, [at[h] for h in chosen.index]].reshape(B, len(chosen.kv), chosen.width, Tk)
-    # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
-    indicator = (~table).transpose(-1, -2).to(inputs.value.dtype)
-    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0), chosen.terms(terms))
-    rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
-    rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32)).clamp(max=1)
+    if lse is not None:
+        # From log-sum-exps: no 1-ψ is too small for its logarithm.
+        outside = _run(call, inputs, [*chosen.terms(terms), *chosen.outside(keys)], want_lse=True)[1]
+        assert outside is not None
+        log_rest = (outside[:, chosen.place] - lse[:, edit.heads]).clamp(max=0)
+    else:
+        log_rest = _log_rest(call, inputs, chosen, chosen.terms(terms), keys)
     beta = edit.fraction
-    safe = torch.where(rest > 0, rest, 1)
-    change = safe.log() - (1 - beta + beta * safe).log() + (math.log(beta) if beta > 0 else HIDE)
-    change = torch.where((rest > 0) & call.sees_beside(keys), change.clamp(min=HIDE), 0)
+    change = log_rest - (1 - beta + beta * log_rest.exp()).log() + (math.log(beta) if beta > 0 else HIDE)
+    change = torch.where(call.sees_beside(keys, edit.heads), change.clamp(min=HIDE), 0)
     if edit.rows is not None:
         change = change * edit.rows[:, None]
     H, G, groups = call.query.shape[1], call.key.shape[1], call.groups
@@ -413,6 +422,17 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
             on[:, [h // groups for h in heads]] = keys[:, own]
             found.append(Term(weights, on))
     return found
+
+
+def _log_rest(call: Call, inputs: Inputs, chosen: Selection, terms: list[Term], keys: torch.Tensor) -> torch.Tensor:
+    """log(1-ψ) of the edit's heads for S = `keys` [B, h, Tk], differentiable, [B, h, Tq]."""
+    # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
+    indicator = (~chosen.spread(keys)).transpose(-1, -2).to(inputs.value.dtype)
+    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0, inputs.heads), terms)
+    rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
+    rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32))
+    dtype = torch.finfo(masses.dtype)
+    return rest.clamp(min=max(dtype.tiny * dtype.eps, torch.finfo(rest.dtype).tiny), max=1).log()
 
 
 def _has_lse(call: Call) -> bool:
