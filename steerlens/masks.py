@@ -82,6 +82,14 @@ def token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
         return mask, True
     if mask.ndim != 4:
         raise UnsupportedError(f"attention_mask has shape {tuple(mask.shape)}; allowed: [B, T] or [B, 1, Tq, Tk]")
-    visible = unhidden(mask)
+    visible = unhidden(mask).any(1)
     # The mask of a sliding-window cache begins where its window does, and tells nothing of the columns before.
-    return (visible.any(1).any(1) if visible.shape[-1] >= columns else None), False
+    if visible.shape[-1] < columns:
+        return None, False
+    real = visible.any(1)
+    if visible.shape[1] == visible.shape[2] > 1:
+        # Many masks let a pad see itself, lest its row be empty: a token is seen by, or sees, another.
+        beside = visible & ~torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
+        tokens = beside.any(1) | beside.any(2)
+        real = torch.where(tokens.any(-1, keepdim=True), tokens, real)
+    return real, False

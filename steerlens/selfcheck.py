@@ -94,8 +94,9 @@ def _probe(base: Any, facts: ModelFacts, parameter: torch.Tensor) -> None:
             found = _forwards(base, device)
     except NotReachedError as error:
         raise refuse(what, f"fails the self-check: {error}") from error
-    except UnsupportedError as error:
-        raise refuse(what, f"fails the self-check ({error})") from error
+    except Exception as error:
+        kind = "" if isinstance(error, UnsupportedError) else f"{type(error).__name__}: "
+        raise refuse(what, f"fails the self-check ({kind}{error})") from error
     finally:
         base.__dict__.pop("_steerlens_engine", None)
     eps = torch.finfo(parameter.dtype).eps
@@ -120,18 +121,19 @@ def _device(base: torch.nn.Module) -> torch.device:
 
 def _forwards(base: Any, device: torch.device) -> list[torch.Tensor]:
     """Hidden states (or logits) of the real tokens of a padded prefill and of one cached step."""
-    vocabulary = base.config.get_text_config(decoder=True).vocab_size
+    text = base.config.get_text_config(decoder=True)
+    vocabulary, columns = text.vocab_size, min(COLUMNS, (getattr(text, "max_position_embeddings", None) or 2048) - 1)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, COLUMNS + 1), generator=generator)
-    mask = torch.ones(2, COLUMNS + 1, dtype=torch.long)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, columns + 1), generator=generator)
+    mask = torch.ones(2, columns + 1, dtype=torch.long)
     mask[1, :PADS] = 0
     ids, mask = ids.to(device), mask.to(device)
-    first = base(input_ids=ids[:, :COLUMNS], attention_mask=mask[:, :COLUMNS], use_cache=True)
+    first = base(input_ids=ids[:, :columns], attention_mask=mask[:, :columns], use_cache=True)
     cache, prefill = caches.find(first), first[0].clone()
     prefill[1, :PADS] = 0
     if cache is None:
         return [prefill]
-    step = base(input_ids=ids[:, COLUMNS:], attention_mask=mask, **{caches.NAME: cache}, use_cache=True)
+    step = base(input_ids=ids[:, columns:], attention_mask=mask, **{caches.NAME: cache}, use_cache=True)
     return [prefill, step[0]]
 
 

@@ -124,6 +124,16 @@ class TestSelfCheck:
         ):
             pass
 
+    def test_a_context_shorter_than_the_probe(self, fresh):
+        with steerlens.steer(tiny("gpt_bigcode", n_positions=16), STRONG):
+            pass
+
+    def test_a_model_without_weights(self, fresh):
+        with torch.device("meta"):
+            model = tiny("starcoder2")
+        with pytest.raises(UnsupportedError, match="self-check"), steerlens.steer(model, STRONG):
+            pass
+
 
 class TestHybrids:
     def test_layers_without_attention_say_so(self, model_of):

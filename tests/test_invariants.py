@@ -406,6 +406,20 @@ def test_a_users_own_4d_mask(kind, model_of, prompts):
         assert apart(logits(model, ids, None, method, SPANS[None]), expected) > 1e-3, name
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_4d_mask_whose_pads_see_themselves(side, model_of, prompts):
+    """As many write it, lest a row be empty."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts(side)
+    visible = mask[:, None, None].bool() & torch.ones(20, 20, dtype=torch.bool).tril()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for name, method in METHODS.items():
+        found = []
+        for given in (mask, visible | torch.eye(20, dtype=torch.bool)):
+            with torch.no_grad(), steerlens.steer(model, method, SPANS[side]):
+                found.append(model(ids, attention_mask=given, position_ids=positions).logits)
+        assert apart(*found, mask) < 1e-4, name
+
+
 def test_a_4d_mask_with_real_biases(model_of, prompts):
     """A user's ALiBi-like bias stays under the steering; a uniform head ignores it."""
     model, (ids, _) = model_of("llama-gqa"), prompts(None)
