@@ -387,6 +387,39 @@ def test_a_users_own_4d_mask(kind, model_of, prompts):
         assert apart(logits(model, ids, None, method, SPANS[None]), expected) > 1e-3, name
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_4d_mask_of_each_head(kind, model_of, prompts):
+    """Heads that see different keys, one row nothing but sinks; in the prompt and in a cached step."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    visible = torch.ones(21, 21, dtype=torch.bool).tril().expand(3, 8, 21, 21).clone()
+    visible[:, 3:, 8:, 5] = False
+    visible[:, 0, 15:, 1:] = False
+    mask = visible if kind == "bool" else torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+
+    def run(method, backend="auto"):
+        with torch.no_grad(), steerlens.steer(model, method, SPANS[None], backend=backend):
+            first = model(ids, attention_mask=mask[:, :, :20, :20])
+            step = model(ids[:, :1], attention_mask=mask[:, :, 20:], past_key_values=first.past_key_values)
+            return torch.cat([first.logits, step.logits], 1)
+
+    native = run(())
+    assert apart(run(Identity()), native) < 1e-5
+    for name, method in METHODS.items():
+        got, expected = run(method), run(method, "reference")
+        assert apart(got, expected) < 1e-4 and apart(expected, native) > 1e-3, name
+
+
+def test_a_row_that_sees_no_key(model_of, prompts):
+    """Its attention is zero, as natively, for every method and in every layer."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(3, 1, 20, 20).clone()
+    mask[:, :, 7] = False
+    assert apart(logits(model, ids, mask, Identity(), backend="reference"), logits(model, ids, mask)) < 1e-5
+    for name, method in METHODS.items():
+        got, expected = (logits(model, ids, mask, method, SPANS[None], backend=b) for b in ("auto", "reference"))
+        assert apart(got, expected) < 1e-4, name
+
+
 def test_a_4d_mask_with_real_biases(model_of, prompts):
     """A user's ALiBi-like bias stays under the steering; a uniform head ignores it."""
     model, (ids, _) = model_of("llama-gqa"), prompts(None)

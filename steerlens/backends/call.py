@@ -141,20 +141,24 @@ class Call:
         visible = (torch.arange(self.key.shape[2], device=device) <= queries[:, None])[None, None]
         return visible if self.real is None else visible & self.real[:, None, None]
 
-    def sees_beside(self, keys: torch.Tensor) -> torch.Tensor:
-        """Whether each query row sees a key outside `keys` [B, h, Tk], bool [B, h, Tq]; a learned sink is one."""
+    def sees_beside(self, keys: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        """Whether each query row of `heads` sees a key outside `keys` [B, h, Tk], bool [B, h, Tq].
+
+        A learned sink is one.
+        """
         if self.sinks is not None:
             return keys.new_ones(*keys.shape[:2], self.query.shape[2])
-        return self._sees(~keys)
+        return self._sees(~keys, heads)
 
-    def _sees(self, keys: torch.Tensor) -> torch.Tensor:
+    def _sees(self, keys: torch.Tensor, heads: list[int]) -> torch.Tensor:
         if self.plain or self.mask is None:
             keys = keys if self.real is None else keys & self.real[:, None]
             upto = keys.long().cummax(-1).values.bool()
             rows = torch.arange(self.query.shape[2], device=keys.device) + self.offset
             return upto[..., rows.clamp(max=keys.shape[-1] - 1)]
-        found = [
-            (self.visible(slice(i, i + 64))[:, :1].float() @ keys[..., None].float()).squeeze(-1) > 0
-            for i in range(0, self.query.shape[2], 64)
-        ]
+        found = []
+        for i in range(0, self.query.shape[2], 64):
+            visible = self.visible(slice(i, i + 64))
+            visible = visible if visible.shape[1] == 1 else visible[:, heads]
+            found.append((visible.float() @ keys[..., None].float()).squeeze(-1) > 0)
         return torch.cat(found, -1)

@@ -50,6 +50,7 @@ class Inputs:
     """Some query heads of a call as a rectangle: `query` [B, g·m, Tq, D] over `key`/`value` [B, g, Tk, D].
 
     `sinks` are logits of learned sinks, fp32 [B or 1, g·m, Tq or 1]; `sink_value` is their value, on every channel.
+    `heads` are the call's heads at each place, where they are not all of them in order.
     """
 
     query: torch.Tensor
@@ -57,6 +58,13 @@ class Inputs:
     value: torch.Tensor
     sinks: torch.Tensor | None = None
     sink_value: float = 0.0
+    heads: list[int] | None = None
+
+    def mask(self, call: Call) -> torch.Tensor | None:
+        """The call's mask for these heads."""
+        if call.mask is None or call.mask.shape[1] == 1 or self.heads is None:
+            return call.mask
+        return call.mask[:, self.heads]
 
 
 def attention(call: Call) -> torch.Tensor:
@@ -113,7 +121,7 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
         return _run_with_sinks(call, inputs, inputs.sinks, terms, want_lse)
     query, key, value = inputs.query, inputs.key, inputs.value
     width = value.shape[-1]
-    mask, causal = call.mask, call.mask is None and query.shape[2] > 1
+    mask, causal = inputs.mask(call), call.mask is None and query.shape[2] > 1
     if causal and (call.offset != 0 or query.shape[2] > key.shape[2]):
         mask, causal = call.visible(slice(None)), False
     if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
@@ -140,6 +148,8 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=_float(mask, query), scale=call.scaling
         )
+        if mask is not None:
+            output.masked_fill_(_blind(lse, query.dtype)[..., None], 0)  # as the native kernel does with a bool mask
         lse = lse.reshape(lse.shape[0], -1, 1) if packed else lse
     else:
         output = F.scaled_dot_product_attention(
@@ -164,7 +174,8 @@ def _run_with_sinks(
     front = int(call.plain and call.offset == 0 and Tq == Tk > 1)
     mask = None
     if not front and (Tq > 1 or call.mask is not None):
-        mask = call.visible(slice(None)) if call.mask is None else call.mask
+        mask = inputs.mask(call)
+        mask = call.visible(slice(None)) if mask is None else mask
         mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
     query = F.pad(inputs.query, (0, 0, front, 0))
     key = F.pad(inputs.key, (0, 0, 1, 0))
@@ -270,6 +281,11 @@ def _float(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | Non
     return hidden.masked_fill_(mask, 0)
 
 
+def _blind(lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that see no key, by their log-sum-exp under a mask that `_float` made."""
+    return lse < torch.finfo(dtype).min / 4
+
+
 def _biased(call: Call) -> bool:
     """Whether the caller's own mask carries real biases, which a zero query would still feel."""
     return call.mask is not None and call.mask.dtype != torch.bool
@@ -306,9 +322,10 @@ class Selection:
         """The rectangle's query, key and value."""
         query = whole.query if self.whole else whole.query[:, self.index]
         sinks = whole.sinks if self.whole or whole.sinks is None else whole.sinks[:, self.index]
+        heads = None if self.whole else self.index
         if self.all_kv:
-            return Inputs(query, whole.key, whole.value, sinks)
-        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks)
+            return Inputs(query, whole.key, whole.value, sinks, heads=heads)
+        return Inputs(query, whole.key[:, self.kv], whole.value[:, self.kv], sinks, heads=heads)
 
     def terms(self, terms: list[Term]) -> list[Term]:
         """Terms of the whole call, for the rectangle."""
@@ -338,7 +355,7 @@ def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch
     keys = edit.find(_summer(call, whole, terms, chosen, lse))
     if not bool(keys.any()):
         return output
-    applies = call.sees_beside(keys)
+    applies = call.sees_beside(keys, edit.heads)
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
     old = output if chosen.whole else output[:, edit.heads]
@@ -393,13 +410,14 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     table = keys[:, [at[h] for h in chosen.index]].reshape(B, len(chosen.kv), chosen.width, Tk)
     # 1-ψ as an output channel of V: summed outside the set, so it keeps its digits as ψ → 1.
     indicator = (~table).transpose(-1, -2).to(inputs.value.dtype)
-    masses = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0), chosen.terms(terms))
+    inside = Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 1.0, inputs.heads)
+    masses = fused(call, inside, chosen.terms(terms))
     rest = masses.unflatten(1, (len(chosen.kv), chosen.width)).diagonal(dim1=2, dim2=4).transpose(-1, -2).flatten(1, 2)
     rest = rest[:, chosen.place].to(torch.promote_types(rest.dtype, torch.float32)).clamp(max=1)
     beta = edit.fraction
     safe = torch.where(rest > 0, rest, 1)
     change = safe.log() - (1 - beta + beta * safe).log() + (math.log(beta) if beta > 0 else HIDE)
-    change = torch.where((rest > 0) & call.sees_beside(keys), change.clamp(min=HIDE), 0)
+    change = torch.where((rest > 0) & call.sees_beside(keys, edit.heads), change.clamp(min=HIDE), 0)
     if edit.rows is not None:
         change = change * edit.rows[:, None]
     H, G, groups = call.query.shape[1], call.key.shape[1], call.groups
@@ -434,7 +452,7 @@ def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse
             query, key = _with_channels(query, key, chosen.terms(terms), call.scaling)
         B, _, T, _ = query.shape
         # A row that sees no key, a pad, counts nowhere.
-        share = torch.where(counted[:, None] & (lse > -1e30), -lse, HIDE)[:, chosen.index] / call.scaling
+        share = torch.where(counted[:, None] & ~_blind(lse, query.dtype), -lse, HIDE)[:, chosen.index] / call.scaling
         pieces = split(share, query.dtype, pieces=3)
         query = widen(query, pieces).unflatten(1, (len(chosen.kv), chosen.width))
         key = widen(key, [torch.ones((), dtype=key.dtype, device=key.device)] * len(pieces))
