@@ -574,17 +574,37 @@ def test_sinks_that_a_window_has_left_behind(head, prompts):
         [ACT(0.0, 0.02), ACT(0.3, 0.05)],
         [ACT(0.3, 0.05), ACT(0.0, 0.02, spare="first_sink")],
         [ACT(0.5, 0.05), ZeroTuning(2.0), ACT(0.0, 0.02)],
+        [HeadMask({0: [1], 1: [2]}), ZeroTuning(5.0)],
     ],
-    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0"],
+    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0", "uniform+zt"],
 )
 def test_methods_that_overlap(methods, model_of, prompts):
     """Later ablations win; two row-dependent laws run one after the other."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("left")
     one, two = (generate(model, methods, None, ids, mask, backend=b) for b in ("auto", "reference"))
     assert apart(torch.stack(one.logits), torch.stack(two.logits)) < 1e-4
-    got, expected = (logits(model, ids, mask, methods, backend=b) for b in ("auto", "reference"))
-    assert apart(got, expected, mask) < 1e-4
-    assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3
+    for part in (slice(0, 20), slice(8, 20)):  # more rows than a few, and few
+        ids, mask = ids[:, part], mask[:, part]
+        got, expected = (logits(model, ids, mask, methods, backend=b) for b in ("auto", "reference"))
+        assert apart(got, expected, mask) < 1e-4
+        assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3
+
+
+def test_what_a_mask_tells_of_tokens():
+    """(real tokens, whether visibility is causal and padding alone)."""
+    two = torch.tensor([[0, 1, 1]])
+    assert masks.token_mask(None, 3) == masks.token_mask({"full_attention": None}, 3) == (None, True)
+    assert masks.token_mask(two, 3)[0] is two and masks.token_mask(two, 3)[1]
+    window, full = (two.bool()[:, None, None, -keys:].expand(1, 1, 3, keys) for keys in (2, 3))
+    assert masks.token_mask(window, 3) == (None, False)  # it tells nothing of the first column
+    assert masks.token_mask({"sliding_attention": window}, 2)[0].tolist() == [[True, True]]
+    for mask in (full, {"sliding_attention": window, "full_attention": full}):
+        real, plain = masks.token_mask(mask, 3)
+        assert (real.tolist(), plain) == ([[False, True, True]], False)
+    with pytest.raises(UnsupportedError, match=r"shape \(3,\)"):
+        masks.token_mask(two[0], 3)
+    with pytest.raises(UnsupportedError, match="is a list"):
+        masks.token_mask([two], 3)
 
 
 def test_visibilityfrom_columns():
@@ -631,6 +651,9 @@ def test_prompt_lengths_and_relative_thresholds_count_real_tokens(method, side, 
         pads = int((1 - mask[row]).sum()) if side else 0
         alone = logits(model, ids[row : row + 1, pads:], None, method, prompt_lengths=length)
         assert apart(together[row, pads:], alone[0]) < 1e-4
+    twice = [t.repeat_interleave(2, 0) for t in (ids, mask)]
+    again = logits(model, twice[0], twice[1] if side else None, method, prompt_lengths=lengths)
+    assert apart(again, together.repeat_interleave(2, 0), twice[1]) < 1e-5
 
 
 def test_pads_amid_the_prompt_are_no_rows(model_of, prompts):

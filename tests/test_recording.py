@@ -79,6 +79,16 @@ def test_lse(model_of, prompts):
         record[1]
 
 
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 6]])
+def test_lse_counts_learned_sinks(heads, model_of, prompts):
+    """A row sums to 1 less the sink's share, which is exp(sink - lse)."""
+    model, (ids, _) = model_of("gpt_oss", "eager"), prompts()
+    with torch.no_grad(), steerlens.capture(model, [[(0, 20)]] * 3, ["lse", "mass"], heads={0: heads}) as record:
+        model(ids)
+    sinks = model.model.layers[0].self_attn.sinks[heads][:, None]
+    assert ((sinks - record[0].lse).exp() + record[0].mass[..., 0] - 1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
 def test_forwards_are_appended(family, model_of, prompts):
     """Prefill and decode together are what one forward over all tokens records."""

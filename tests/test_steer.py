@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from small_models import build
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import AutoConfig, GenerationConfig, TextIteratorStreamer
 
 import steerlens
 from steerlens.errors import (
@@ -358,6 +358,7 @@ class TestSafety:
         found = facts.read(model_of("llama-gqa").config)
         assert (found.layers, found.heads, found.kv_heads) == (3, (8,) * 3, (2,) * 3)
         assert facts.read(model_of("gpt2").config).kv_heads == (8,) * 3
+        assert found.name == "llama" and facts.read(AutoConfig.for_model("llama", name_or_path="own")).name == "own"
 
     def test_cross_attention_is_refused(self):
         from transformers import GPT2Config
@@ -486,6 +487,13 @@ class TestSpans:
             with steerlens.steer(model, PASTA(), spans):
                 model(ids[:, :1], past_key_values=cache)
 
+    def test_fingerprint_is_not_that_of_embeddings(self, model, prompts):
+        ids, _ = prompts()
+        spans = steerlens.Spans({"emphasis": (((9, 12),),) * 3}, steerlens.spans.digests(ids, None))
+        with torch.no_grad(), steerlens.steer(model, PASTA(0.05), spans):
+            expected = model(ids).logits
+            assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected)
+
     def test_fingerprint_covers_the_padding(self, model, prompts):
         ids, mask = prompts("left")
         spans = steerlens.Spans({"emphasis": (((9, 12),),) * 3}, steerlens.spans.digests(ids, mask))
@@ -598,6 +606,16 @@ class TestReport:
         assert change.shape == (3, 8)
         assert (change >= 0).all() if method is STRONG else (change <= 1e-7).all()
         assert change.abs().max() > 0.05
+
+    def test_gradients_after_a_forward_in_inference_mode(self, model, prompts):
+        """What is kept for later forwards must not be tensors of inference mode."""
+        ids, _ = prompts()
+        with steerlens.steer(model, HeadMask({0: [1, 4, 6]})):
+            with torch.inference_mode():
+                model(ids)
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=embeds).logits.sum().backward()
+        assert embeds.grad.abs().max() > 0
 
     def test_mass_over_inference_and_normal_mode(self, model, prompts):
         ids, _ = prompts()
@@ -723,6 +741,7 @@ class TestMethods:
             ("x.json:top3", "cannot read"),
             (3, "not a head specification"),
             ({0: "3"}, "neither"),
+            ("0:10000", "names index 10000"),
         ],
     )
     def test_bad_heads(self, model, heads, message):
@@ -744,6 +763,7 @@ class TestMethods:
             ("1:3,0;2:*", {1: (0, 3), 2: (0, 1, 2, 3)}),
             ("0-1:2-3", {0: (2, 3), 1: (2, 3)}),
             ("*:1", {0: (1,), 1: (1,), 2: (1,)}),
+            ("1:3;1:0;*:2", {0: (2,), 1: (0, 2, 3), 2: (2,)}),
             (f"{scores}:top3", {0: (1,), 1: (2,), 2: (3,)}),
             (str(lists), {1: (0, 3)}),
             ({1: torch.tensor([3, 0])}, {1: (0, 3)}),
