@@ -387,6 +387,13 @@ def test_memory_is_measured_against_its_bound(record, monkeypatch):
     assert all(row["extra_mib"] == pytest.approx(4, abs=0.1) for row in over_memory(found))
 
 
+def test_the_bound_of_a_step_counts_the_keys_of_the_widest_layer():
+    options = {"methods": ("neutral",), "backends": ("sdpa",), "peers": (), "lengths": (), "decode_lengths": (400,)}
+    rows = bench(Settings.of("quick", families=("mistral", "gemma2"), window=8, device="cpu", **options))["rows"]
+    for row, keys in zip(rows, (7, 400), strict=True):
+        assert row["extra_bound_mib"] == round(2 * 2 * 16 * (4 + 2 * 2 * keys) / 2**20, 2), row["family"]
+
+
 def test_presets_are_settings_and_reach_the_lengths_of_the_budgets():
     made = {name: Settings.of(name) for name in PRESETS}
     assert max(made["cpu-long"].lengths) == 32768

@@ -189,6 +189,8 @@ class TestHybrids:
             steerlens.steer(model, ZeroTuning(2.0, heads={0: [1]}))
         for heads in ("all", "*:3", "*:*"):
             assert list(steerlens.steer(model, ZeroTuning(2.0, heads=heads)).plan) == [1, 2, 3]
+        known = steerlens.steer(model, STRONG)._engine.facts
+        assert (known.heads, known.kv_heads) == ((0, 8, 8, 8), (0, 2, 2, 2))
 
     def test_recipes_count_the_heads_of_attention_layers(self, model_of):
         recipe = steerlens.load_recipe("pasta-tiny")
@@ -264,7 +266,7 @@ def test_a_native_kernel_that_takes_padding_in_two_dimensions(family, side, meth
     AttentionInterface.register("two_dimensions", native)
     AttentionMaskInterface.register("two_dimensions", flash_attention_mask)
     spans = {"left": [[(9, 12)], [(10, 13)], [(8, 11)]]}.get(side, [[(4, 7)], [(4, 6)], [(8, 11)]])
-    ids, mask = prompts(side)
+    ids, mask = prompts(side) if side else prompts(lengths=(13,) * 3)  # one more than the window
     found = []
     for name in ("two_dimensions", "sdpa"):
         model = build(family, name)

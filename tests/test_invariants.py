@@ -490,6 +490,15 @@ def test_a_cache_cropped_into_its_prompt_starts_another(model_of, prompts):
         assert apart(again, model(ids).logits[:, 12:]) < 1e-5
 
 
+def test_an_emptied_cache_starts_another_prompt(model_of, prompts):
+    model, (ids, mask), (others, _) = model_of("llama-gqa"), prompts("left"), prompts(None)
+    with torch.no_grad(), steerlens.steer(model, ZeroTuning(5.0), prompt_lengths=(10, 10, 10)):
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        cache.reset()
+        assert apart(model(others, past_key_values=cache).logits, model(others).logits) < 1e-5
+
+
 ROWS = {
     "same keys": [ZeroTuning(4.0), ZeroTuning(0.2), None],
     "act": [ACT(0.0, 0.08), None, ACT(0.0, 0.08)],

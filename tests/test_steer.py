@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from small_models import build
-from transformers import AutoConfig, GenerationConfig, TextIteratorStreamer
+from transformers import AutoConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
 
 import steerlens
 from steerlens.errors import (
@@ -393,6 +393,14 @@ class TestSafety:
         with steerlens.steer(wrapped, STRONG):
             assert not torch.equal(run(model, prompts()[0]), before)
 
+    def test_a_cache_that_gives_other_keys_than_it_announced(self, model, prompts):
+        class Drops(DynamicCache):
+            def update(self, *args, **kwargs):
+                return tuple(states[:, :, 1:] for states in super().update(*args, **kwargs))
+
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match=r"19 keys.*announced 20"):
+            model(prompts()[0], past_key_values=Drops())
+
     def test_dropout_is_refused(self, prompts):
         model = build("llama-gqa", attention_dropout=0.1).train()
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="dropout"):
@@ -547,6 +555,12 @@ class TestGenerateArguments:
             assert torch.equal(model.generate(ids, config), model.generate(input_ids=ids, generation_config=config))
         with steerlens.steer(model, ACT(0.3, 0.08, decode="running")), pytest.raises(UnsupportedError, match="beams"):
             model.generate(ids, config)
+
+    def test_a_decoder_called_by_position(self, model, prompts):
+        ids, mask = prompts("left")
+        with torch.no_grad(), steerlens.steer(model, STRONG):
+            expected = model.model(input_ids=ids, attention_mask=mask)[0]
+            assert torch.equal(model.model(ids, mask)[0], expected)
 
     def test_embeddings(self, model, prompts):
         ids, mask = prompts("left")
