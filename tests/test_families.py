@@ -82,19 +82,26 @@ class TestSelfCheck:
         with steerlens.steer(model_of("llama-gqa"), STRONG):
             pass
 
-    def test_runs_again_for_another_config_attention_or_dtype(self, fresh, monkeypatch):
-        probed = []
+    def test_runs_again_for_another_class_config_attention_or_dtype(self, fresh, monkeypatch):
+        probed, own = [], type("Own", (type(tiny("starcoder2").model),), {})
+
+        def other():
+            model = tiny("starcoder2")
+            model.model.__class__ = own
+            return model
+
         monkeypatch.setattr(selfcheck, "_probe", lambda *a: probed.append(1))
         for make in (
             lambda: tiny("starcoder2"),
             lambda: tiny("starcoder2", native="eager"),
             lambda: tiny("starcoder2", rope_theta=7.0),
             lambda: tiny("starcoder2").to(torch.bfloat16),
+            other,
         ):
             for _ in range(2):
                 with steerlens.steer(make(), STRONG):
                     pass
-        assert len(probed) == 4
+        assert len(probed) == 5
 
     def test_the_probe_is_padded_and_takes_a_step(self):
         model, masks = tiny("starcoder2").model, []
@@ -215,7 +222,9 @@ class TestHybrids:
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 @pytest.mark.parametrize(
-    "method", [STRONG, HeadMask("all"), ACT(0.3, 0.08, heads={0: "*", 1: "*"})], ids=lambda m: m.name
+    "method",
+    [STRONG, HeadMask("all"), HeadMask("all", phase="decode"), ACT(0.3, 0.08, heads={0: "*", 1: "*"})],
+    ids=lambda m: m.name,
 )
 def test_layers_that_share_keys(family, method, prompts):
     """Their cache holds nothing, and generate gives them the last row alone."""
@@ -363,9 +372,10 @@ def test_dv_wider_than_d():
         assert found[0].shape == (2, 8, 40, 24) and apart(*found) < 1e-5
 
 
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 2, 8)], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("pads", [0, 3])
 @pytest.mark.parametrize(("rows", "offset"), [(24, 0), (8, 0), (8, 5), (20, 5), (1, 9)])
-def test_learned_sinks_without_a_mask(rows, offset, pads):
+def test_calls_without_a_mask(rows, offset, pads, sinks):
     """As a native kernel that takes padding in two dimensions has them."""
     from steerlens import backends
     from steerlens.backends.call import Bias, Call, Cut, KeepMass
@@ -384,7 +394,7 @@ def test_learned_sinks_without_a_mask(rows, offset, pads):
         found = []
         for backend in ("sdpa", "reference"):
             call = Call(3 * q, k, v, None, 8**-0.5, None, offset, real if pads else None, True, edits)
-            call.sinks = torch.linspace(-2, 2, 8)
+            call.sinks = sinks
             if rows == 1 and pads:
                 call.mask = real[:, None, None]
             found.append(backends.attention(backend, call).transpose(1, 2)[seen])

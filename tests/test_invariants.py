@@ -443,13 +443,14 @@ def test_prompt_keys_alone():
     assert now.key_columns(PromptKeys(), None).tolist() == [[True] * 4 + [False]] * 2
 
 
-@pytest.mark.parametrize("name", ["zerotuning", "pasta", "act", "composed"])
+@pytest.mark.parametrize("name", ["zerotuning", "pasta", "act", "act-running", "composed"])
 @pytest.mark.parametrize("move", ["reorder", "select", "repeat", "copy"])
 def test_state_follows_the_cache(name, move, model_of, prompts):
     """Rows that the caller moves between forwards take their prompt along."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("left")
     following = torch.tensor([[5], [6], [7]])
-    with torch.no_grad(), steerlens.steer(model, METHODS[name], SPANS["left"]):
+    method = METHODS[name] if name in METHODS else ACT(0.0, 0.08, decode="running")
+    with torch.no_grad(), steerlens.steer(model, method, SPANS["left"]):
         position = mask.sum(1, keepdim=True)
 
         def start():

@@ -358,6 +358,7 @@ class TestSafety:
         found = facts.read(model_of("llama-gqa").config)
         assert (found.layers, found.heads, found.kv_heads) == (3, (8,) * 3, (2,) * 3)
         assert facts.read(model_of("gpt2").config).kv_heads == (8,) * 3
+        assert facts.read(model_of("llama-gqa").config, {0: 4, 2: None}).heads == (4, 0, 8)
         assert found.name == "llama" and facts.read(AutoConfig.for_model("llama", name_or_path="own")).name == "own"
 
     def test_cross_attention_is_refused(self):
@@ -400,6 +401,13 @@ class TestSafety:
 
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match=r"19 keys.*announced 20"):
             model(prompts()[0], past_key_values=Drops())
+
+    def test_a_cache_of_other_rows(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, STRONG):
+            cache = model(ids).past_key_values
+            with pytest.raises(UnsupportedError, match="prompt of 3 rows, this forward has 2"):
+                model(ids[:2, :1], past_key_values=cache)
 
     def test_dropout_is_refused(self, prompts):
         model = build("llama-gqa", attention_dropout=0.1).train()
