@@ -420,5 +420,9 @@ def test_peers_say_what_they_need_and_what_fails(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
     settings = Settings.of("quick", device="cpu", methods=(), peers=("eager",), decode_lengths=())
     assert "GiB are free" in bench(settings)["rows"][0]["skipped"]
+    monkeypatch.setattr(machine, "free_memory", lambda device: 100)
+    for needed, skipped in ((69, False), (71, True)):
+        monkeypatch.setattr(peers, "memory", lambda *a, needed=needed: needed)
+        assert ("skipped" in bench(settings)["rows"][0]) == skipped
     short = Settings.of("quick", device="cpu", methods=(), peers=("eager",), decode_lengths=(), peer_limit=32)
     assert bench(short)["rows"][0]["skipped"] == "longer than peer_limit=32"

@@ -10,7 +10,7 @@ from test_invariants import apart
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import steerlens
-from steerlens import facts, selfcheck
+from steerlens import caches, facts, selfcheck
 from steerlens.errors import HeadError, RecipeError, UnsupportedError
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
@@ -103,7 +103,7 @@ class TestSelfCheck:
                     pass
         assert len(probed) == 5
 
-    def test_the_probe_is_padded_and_takes_a_step(self):
+    def test_the_probe_is_padded_and_takes_a_step(self, monkeypatch):
         model, masks = tiny("starcoder2").model, []
         hook = model.register_forward_pre_hook(lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True)
         with torch.no_grad():
@@ -112,6 +112,8 @@ class TestSelfCheck:
         pads, width = selfcheck.PADS, selfcheck.COLUMNS
         assert [mask.sum(1).tolist() for mask in masks] == [[width, width - pads], [width + 1, width + 1 - pads]]
         assert step.shape[1] == 1 and not prefill[1, :pads].any() and prefill[1, pads:].any(-1).all()
+        monkeypatch.setattr(caches, "find", lambda output: None)  # a family without a cache
+        assert len(selfcheck._forwards(model, torch.device("cpu"))) == 1
 
     @pytest.mark.parametrize("call", [0, 1], ids=["prefill", "step"])
     def test_a_value_that_is_no_number(self, fresh, monkeypatch, call):

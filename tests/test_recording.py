@@ -171,6 +171,18 @@ def test_ties_and_keys_that_no_row_saw(model_of, prompts):
     assert (record[0].column_mean[:, 0, 8:] - 1 / 12).abs().max() < 1e-6
 
 
+def test_rows_of_pads_are_no_rows(model_of, prompts):
+    """Pads on the right see every token before them, and count nowhere."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("right")
+    with torch.no_grad(), steerlens.capture(model) as together:
+        model(ids, attention_mask=mask)
+    with torch.no_grad(), steerlens.capture(model) as alone:
+        model(ids[1:2, :13])
+    for stat in ("column_mean", "mass", "entropy", "lse"):
+        got, expected = getattr(together[1], stat)[1:2, :, :13], getattr(alone[1], stat)
+        assert (got - expected).abs().max() < 1e-4, stat
+
+
 def test_pads_stay_pads_when_the_mask_is_left_out_later(model_of, prompts):
     model, (ids, mask) = model_of("llama-gqa"), prompts("left")
     with torch.no_grad(), steerlens.capture(model, stats=["column_mean"]) as record:
