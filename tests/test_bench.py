@@ -298,11 +298,18 @@ def test_models_are_made_from_the_seed_alone():
     assert not torch.equal(model.tokens(1, 20, 0, "cpu"), model.tokens(1, 20, 1, "cpu"))
 
 
-def test_a_norm_after_the_projections_is_sharpened_too():
+def test_queries_and_keys_are_sharpened():
     for family, scale in (("qwen3", 4), ("gemma3", 3)):  # gemma counts from 0
         sharp = model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32", family=family, sharpen=4)
         norms = [w for name, w in sharp.named_parameters() if "q_norm" in name or "k_norm" in name]
         assert len(norms) == 2 and all((w == scale).all() for w in norms)
+    plain, sharp = (
+        model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32", sharpen=s).model.layers[0]
+        for s in (1, 4)
+    )
+    for name, factor in (("q_proj", 4), ("k_proj", 4), ("v_proj", 1)):
+        one, other = (getattr(layer.self_attn, name).weight for layer in (plain, sharp))
+        assert torch.equal(other, factor * one)
 
 
 @pytest.fixture(scope="module")

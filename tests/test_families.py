@@ -7,7 +7,7 @@ import torch
 from small_models import build
 from steerlens.evals.families import tiny
 from test_invariants import apart
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 import steerlens
 from steerlens import caches, facts, selfcheck
@@ -255,6 +255,7 @@ class TestPackedSequences:
                 model(ids, position_ids=positions, use_cache=False)
             model(ids, position_ids=torch.arange(12)[None], use_cache=False)
             model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
+            model(ids, position_ids=positions, past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral"])

@@ -409,6 +409,14 @@ def test_a_4d_mask_of_each_head(kind, model_of, prompts):
         assert apart(got, expected) < 1e-4 and apart(expected, native) > 1e-3, name
 
 
+def test_a_head_sees_beside_a_set_what_its_own_mask_shows():
+    mask = torch.tensor([[[[True, False, False]], [[True, True, False]]]])
+    q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 3, 4)
+    call = Call(q, k, k, mask, 1.0, None, 2, None, False)
+    keys = torch.tensor([[[True, False, False]]])
+    assert [call.sees_beside(keys, [head]).item() for head in (0, 1)] == [False, True]
+
+
 def test_a_row_that_sees_no_key(model_of, prompts):
     """Its attention is zero, as natively, for every method and in every layer."""
     model, (ids, _) = model_of("llama-gqa"), prompts(None)
@@ -585,8 +593,9 @@ def test_sinks_that_a_window_has_left_behind(head, prompts):
         [ACT(0.3, 0.05), ACT(0.0, 0.02, spare="first_sink")],
         [ACT(0.5, 0.05), ZeroTuning(2.0), ACT(0.0, 0.02)],
         [HeadMask({0: [1], 1: [2]}), ZeroTuning(5.0)],
+        [ACT(0.3, 0.05), ACT(0.0, 0.02, heads={0: [5], 1: [6, 7]})],
     ],
-    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0", "uniform+zt"],
+    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0", "uniform+zt", "act+one-group"],
 )
 def test_methods_that_overlap(methods, model_of, prompts):
     """Later ablations win; two row-dependent laws run one after the other."""

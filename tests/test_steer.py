@@ -435,6 +435,9 @@ class TestSafety:
         with steerlens.steer(model, STRONG, backend="reference"):
             weights = model(ids, output_attentions=True).attentions
         assert all((w.sum(-1) - 1).abs().max() < 1e-5 for w in weights)
+        half = build("llama-gqa", "eager", torch.bfloat16)
+        with steerlens.steer(half, STRONG, backend="reference"):
+            assert {w.dtype for w in half(ids, output_attentions=True).attentions} == {torch.bfloat16}
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="capture"):
             model(ids, output_attentions=True)
 
