@@ -758,7 +758,7 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("heads", "message"),
         [
-            ({9: [0]}, r"layer 9.*0\.\.2"),
+            ({3: [0]}, r"layer 3.*0\.\.2"),
             ({0: [8]}, r"head 8.*0\.\.7"),
             ("0:8", r"head 8.*0\.\.7"),
             ("0-1", "no ':'"),
