@@ -69,7 +69,10 @@ def refuse_packed(given: Mapping[str, Any], cache: Cache | None) -> None:
 
 
 def token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
-    """Real tokens as [B, >= columns] if the mask tells, and whether visibility is causal and padding alone."""
+    """Real tokens as [B, >= columns] if the mask tells, and whether visibility is causal and padding alone.
+
+    In a 4-D mask a pad on the right that sees tokens is taken for one: `prompt_lengths` tells them apart.
+    """
     if mask is None:
         return None, True
     if isinstance(mask, Mapping):
@@ -90,6 +93,6 @@ def token_mask(mask: Any, columns: int) -> tuple[torch.Tensor | None, bool]:
     if visible.shape[1] == visible.shape[2] > 1:
         # Many masks let a pad see itself, lest its row be empty: a token is seen by, or sees, another.
         beside = visible & ~torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
-        tokens = beside.any(1) | beside.any(2)
+        tokens = real & (beside.any(1) | beside.any(2))
         real = torch.where(tokens.any(-1, keepdim=True), tokens, real)
     return real, False

@@ -196,6 +196,14 @@ def test_budgets_are_those_of_the_design():
     assert over_budget({"rows": rows}) == [{"met": False, "case": "a"}]
 
 
+@pytest.mark.parametrize(("budget", "met"), [(None, None), (1.0, False), (2.0, True)])
+def test_a_budget_is_met_by_the_median(budget, met, monkeypatch):
+    monkeypatch.setattr(cases, "budget", lambda *a: budget)
+    monkeypatch.setattr(timing, "summary", lambda found: {"ratio": timing.spread([0.5, 1.5, 1.5, 3.0])})
+    options = {"methods": ("neutral",), "backends": ("sdpa",), "peers": (), "decode_lengths": (), "device": "cpu"}
+    assert [(row["budget"], row["met"]) for row in bench(Settings.of("quick", **options))["rows"]] == [(budget, met)]
+
+
 def test_sides_take_turns_in_going_first():
     order = []
 
@@ -212,6 +220,14 @@ def test_sides_take_turns_in_going_first():
     assert timing.summary(found) == {"unsteered_ms": 2000.0, "steered_ms": 3000.0, "ratio": timing.spread([1.5] * 3)}
     assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"n": 5, "min": 1, "q1": 2, "median": 3, "q3": 4, "max": 5}
     assert timing.spread([2.0]) == {"n": 1, "min": 2, "q1": 2, "median": 2, "q3": 2, "max": 2}
+
+
+def test_an_accelerator_is_waited_for_before_and_after(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: order.append(device.type))
+    timing.clock(lambda: order.append("run"), torch.device("cuda"))
+    timing.clock(lambda: order.append("run"), torch.device("cpu"))
+    assert order == ["cuda", "run", "cuda", "run"]
 
 
 def test_decode_steps_start_again_from_the_prompt():
@@ -253,6 +269,47 @@ def test_every_family_is_built_to_the_shape():
         windowed = {"mistral": [7, 7]}.get(family, [7, 20] if model.FAMILIES[family].windowed else [20, 20])
         assert kept == windowed, family
         assert memory.bound(small.config, 1, 20, 20, 4) == 2 * 4 * 20 * (4 * wide + heads * (wide + 16)), family
+
+
+def test_positions_reach_to_the_last_decode_step():
+    options = {"methods": ("neutral",), "backends": ("sdpa",), "peers": (), "device": "cpu"}
+    long = Settings.of("quick", families=("gpt2",), decode_lengths=(400,), decode_steps=3, repeats=1, **options)
+    assert [row["tokens"] for row in bench(long)["rows"]] == [64, 400]
+
+
+def test_threads_are_given_back(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    bench(Settings.of("quick", threads=1 + torch.get_num_threads(), device="cpu", methods=(), peers=()))
+    assert given == [1 + torch.get_num_threads(), torch.get_num_threads()]
+
+
+def test_models_are_made_from_the_seed_alone():
+    def weights(settings):
+        small = model.build(settings, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32")
+        return small.get_input_embeddings().weight
+
+    before = torch.get_rng_state()
+    first = weights(QUICK)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert torch.equal(weights(QUICK), first) and not first.requires_grad
+    assert not torch.equal(weights(Settings.of("quick", seed=1)), first)
+    assert not torch.equal(model.tokens(1, 20, 0, "cpu"), model.tokens(1, 20, 1, "cpu"))
+
+
+def test_queries_and_keys_are_sharpened():
+    for family, scale in (("qwen3", 4), ("gemma3", 3)):  # gemma counts from 0
+        sharp = model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32", family=family, sharpen=4)
+        norms = [w for name, w in sharp.named_parameters() if "q_norm" in name or "k_norm" in name]
+        assert len(norms) == 2 and all((w == scale).all() for w in norms)
+    plain, sharp = (
+        model.build(QUICK, 16, "cpu", layers=1, positions=64, mlp=1, dtype="float32", sharpen=s).model.layers[0]
+        for s in (1, 4)
+    )
+    for name, factor in (("q_proj", 4), ("k_proj", 4), ("v_proj", 1)):
+        one, other = (getattr(layer.self_attn, name).weight for layer in (plain, sharp))
+        assert torch.equal(other, factor * one)
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +394,13 @@ def test_memory_is_measured_against_its_bound(record, monkeypatch):
     assert all(row["extra_mib"] == pytest.approx(4, abs=0.1) for row in over_memory(found))
 
 
+def test_the_bound_of_a_step_counts_the_keys_of_the_widest_layer():
+    options = {"methods": ("neutral",), "backends": ("sdpa",), "peers": (), "lengths": (), "decode_lengths": (400,)}
+    rows = bench(Settings.of("quick", families=("mistral", "gemma2"), window=8, device="cpu", **options))["rows"]
+    for row, keys in zip(rows, (7, 400), strict=True):
+        assert row["extra_bound_mib"] == round(2 * 2 * 16 * (4 + 2 * 2 * keys) / 2**20, 2), row["family"]
+
+
 def test_presets_are_settings_and_reach_the_lengths_of_the_budgets():
     made = {name: Settings.of(name) for name in PRESETS}
     assert max(made["cpu-long"].lengths) == 32768
@@ -363,5 +427,9 @@ def test_peers_say_what_they_need_and_what_fails(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
     settings = Settings.of("quick", device="cpu", methods=(), peers=("eager",), decode_lengths=())
     assert "GiB are free" in bench(settings)["rows"][0]["skipped"]
+    monkeypatch.setattr(machine, "free_memory", lambda device: 100)
+    for needed, skipped in ((69, False), (71, True)):
+        monkeypatch.setattr(peers, "memory", lambda *a, needed=needed: needed)
+        assert ("skipped" in bench(settings)["rows"][0]) == skipped
     short = Settings.of("quick", device="cpu", methods=(), peers=("eager",), decode_lengths=(), peer_limit=32)
     assert bench(short)["rows"][0]["skipped"] == "longer than peer_limit=32"

@@ -9,7 +9,7 @@ import transformers
 from small_models import build
 from steerlens.evals.families import tiny
 from test_invariants import apart
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import steerlens
@@ -40,12 +40,21 @@ def test_refused_by_name(family, why):
         steerlens.steer(tiny(family), STRONG)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
+STACK = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+ENCODER_DECODERS = {
+    "t5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 2},
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+    "t5gemma": {"encoder": STACK, "decoder": STACK},
+}
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoders_are_refused(family):
-    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 2} if family == "t5" else {
-        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-    }  # fmt: skip
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, vocab_size=99, **sizes))
+    config = AutoConfig.for_model(family, vocab_size=99, **ENCODER_DECODERS[family])
+    model = AutoModelForSeq2SeqLM.from_config(config)
     with pytest.raises(UnsupportedError, match=rf"{family} with cross-attention.*decoder-only"):
         steerlens.steer(model, STRONG)
 
@@ -53,6 +62,8 @@ def test_encoder_decoders_are_refused(family):
 def test_bidirectional_attention_is_refused():
     with pytest.raises(UnsupportedError, match="bidirectional"):
         facts.read(AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True))
+    with pytest.raises(UnsupportedError, match="bidirectional"):
+        facts.read(AutoConfig.for_model("llama", is_causal=False))
     with pytest.raises(UnsupportedError, match="is_causal=False"):
         steerlens.steer(tiny("bert", is_decoder=False), STRONG)
 
@@ -72,6 +83,64 @@ class TestSelfCheck:
     def test_tested_families_skip_it(self, model_of, monkeypatch):
         monkeypatch.setattr(selfcheck, "_probe", lambda *a: pytest.fail("checked"))
         with steerlens.steer(model_of("llama-gqa"), STRONG):
+            pass
+
+    def test_runs_again_for_another_class_config_attention_or_dtype(self, fresh, monkeypatch):
+        probed, own = [], type("Own", (type(tiny("starcoder2").model),), {})
+
+        def other():
+            model = tiny("starcoder2")
+            model.model.__class__ = own
+            return model
+
+        monkeypatch.setattr(selfcheck, "_probe", lambda *a: probed.append(1))
+        for make in (
+            lambda: tiny("starcoder2"),
+            lambda: tiny("starcoder2", native="eager"),
+            lambda: tiny("starcoder2", rope_theta=7.0),
+            lambda: tiny("starcoder2").to(torch.bfloat16),
+            other,
+        ):
+            for _ in range(2):
+                with steerlens.steer(make(), STRONG):
+                    pass
+        assert len(probed) == 5
+
+    def test_the_probe_is_padded_and_takes_a_step(self, monkeypatch):
+        model, masks = tiny("starcoder2").model, []
+        hook = model.register_forward_pre_hook(lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True)
+        with torch.no_grad():
+            prefill, step = selfcheck._forwards(model, torch.device("cpu"))
+        hook.remove()
+        pads, width = selfcheck.PADS, selfcheck.COLUMNS
+        assert [mask.sum(1).tolist() for mask in masks] == [[width, width - pads], [width + 1, width + 1 - pads]]
+        assert step.shape[1] == 1 and not prefill[1, :pads].any() and prefill[1, pads:].any(-1).all()
+        monkeypatch.setattr(caches, "find", lambda output: None)  # a family without a cache
+        assert len(selfcheck._forwards(model, torch.device("cpu"))) == 1
+
+    @pytest.mark.parametrize("call", [0, 1], ids=["prefill", "step"])
+    def test_a_value_that_is_no_number(self, fresh, monkeypatch, call):
+        """In the first attention call of layer 0 or in its second."""
+        from steerlens import backends
+
+        own, calls = backends.attention, []
+
+        def broken(name, given):
+            calls.append(1)
+            return own(name, given) * (torch.nan if len(calls) == 1 + 3 * call else 1)
+
+        monkeypatch.setattr(backends, "attention", broken)
+        with (
+            pytest.raises(UnsupportedError, match=r"self-check.*layer 0: nan"),
+            steerlens.steer(tiny("starcoder2"), STRONG),
+        ):
+            pass
+
+    def test_a_model_that_answers_otherwise_when_it_is_steered(self, fresh, monkeypatch):
+        model = tiny("starcoder2")
+        own, count = model.model.norm.forward, []
+        model.model.norm.forward = lambda x: own(x) * (1.0 if count.append(1) or len(count) < 4 else torch.nan)
+        with pytest.raises(UnsupportedError, match=r"self-check.*its output"), steerlens.steer(model, STRONG):
             pass
 
     @pytest.mark.parametrize("what", ["steer", "capture"])
@@ -142,6 +211,8 @@ class TestHybrids:
             steerlens.steer(model, ZeroTuning(2.0, heads={0: [1]}))
         for heads in ("all", "*:3", "*:*"):
             assert list(steerlens.steer(model, ZeroTuning(2.0, heads=heads)).plan) == [1, 2, 3]
+        known = steerlens.steer(model, STRONG)._engine.facts
+        assert (known.heads, known.kv_heads) == ((0, 8, 8, 8), (0, 2, 2, 2))
 
     def test_recipes_count_the_heads_of_attention_layers(self, model_of):
         recipe = steerlens.load_recipe("pasta-tiny")
@@ -150,6 +221,11 @@ class TestHybrids:
         with pytest.raises(RecipeError, match=r"layer|heads"):
             recipe.check(known)
         made.model_copy(update={"methods": [STRONG]}).check(known)
+
+    def test_layers_share_the_keys_of_the_last_layer_of_their_kind(self):
+        kinds = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "sliding", "full")]
+        config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=6, layer_types=kinds, num_kv_shared_layers=2)
+        assert facts.read(config).keys_of == {4: 2, 5: 3}
 
     def test_heads_per_layer(self):
         model = tiny("laguna")
@@ -175,7 +251,9 @@ class TestHybrids:
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 @pytest.mark.parametrize(
-    "method", [STRONG, HeadMask("all"), ACT(0.3, 0.08, heads={0: "*", 1: "*"})], ids=lambda m: m.name
+    "method",
+    [STRONG, HeadMask("all"), HeadMask("all", phase="decode"), ACT(0.3, 0.08, heads={0: "*", 1: "*"})],
+    ids=lambda m: m.name,
 )
 def test_layers_that_share_keys(family, method, prompts):
     """Their cache holds nothing, and generate gives them the last row alone."""
@@ -221,6 +299,7 @@ class TestPackedSequences:
                 model(ids, position_ids=positions, use_cache=False)
             model(ids, position_ids=torch.arange(12)[None], use_cache=False)
             model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
+            model(ids, position_ids=positions, past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
@@ -243,7 +322,7 @@ def test_a_native_kernel_that_takes_padding_in_two_dimensions(family, side, meth
     AttentionInterface.register("two_dimensions", native)
     AttentionMaskInterface.register("two_dimensions", flash_attention_mask)
     spans = {"left": [[(9, 12)], [(10, 13)], [(8, 11)]]}.get(side, [[(4, 7)], [(4, 6)], [(8, 11)]])
-    ids, mask = prompts(side)
+    ids, mask = prompts(side) if side else prompts(lengths=(13,) * 3)  # one more than the window
     found = []
     for name in ("two_dimensions", "sdpa"):
         model = build(family, name)
@@ -338,6 +417,35 @@ def test_dv_wider_than_d():
             call.edits = lower([Placed(e, None, i, None) for i, e in enumerate(edits)], now, 0, 8)
             found.append(backends.attention(backend, call))
         assert found[0].shape == (2, 8, 40, 24) and apart(*found) < 1e-5
+
+
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 2, 8)], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("pads", [0, 3])
+@pytest.mark.parametrize(("rows", "offset"), [(24, 0), (8, 0), (8, 5), (20, 5), (1, 9)])
+def test_calls_without_a_mask(rows, offset, pads, sinks):
+    """As a native kernel that takes padding in two dimensions has them."""
+    from steerlens import backends
+    from steerlens.backends.call import Bias, Call, Cut, KeepMass
+
+    torch.manual_seed(0)
+    length = rows + offset
+    q, k, v = torch.randn(2, 8, rows, 8), torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
+    real = torch.ones(2, length, dtype=torch.bool)
+    real[1, :pads] = False
+    keys = torch.zeros(2, length, dtype=torch.bool)
+    keys[:, [4, 6]] = True
+    seen = torch.arange(rows) + offset >= real.long().argmax(1)[:, None]
+    moves = Bias(torch.randn(1, 8, 1), keys), KeepMass([1, 2, 6], 0.2, lambda _: keys[:, None].expand(-1, 3, -1), None)
+    cut = Cut((torch.arange(8) == 3)[None, :, None], True)
+    for edits in ([moves[0]], [moves[0], cut], [moves[1]], [*reversed(moves), cut]):
+        found = []
+        for backend in ("sdpa", "reference"):
+            call = Call(3 * q, k, v, None, 8**-0.5, None, offset, real if pads else None, True, edits)
+            call.sinks = sinks
+            if rows == 1 and pads:
+                call.mask = real[:, None, None]
+            found.append(backends.attention(backend, call).transpose(1, 2)[seen])
+        assert apart(*found) < 1e-5
 
 
 def test_the_list_of_tested_families_is_the_grid():

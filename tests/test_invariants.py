@@ -406,9 +406,9 @@ def test_a_users_own_4d_mask(kind, model_of, prompts):
         assert apart(logits(model, ids, None, method, SPANS[None]), expected) > 1e-3, name
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_4d_mask_whose_pads_see_themselves(side, model_of, prompts):
+def test_a_4d_mask_whose_pads_see_themselves(model_of, prompts):
     """As many write it, lest a row be empty."""
+    side = "left"
     model, (ids, mask) = model_of("llama-gqa"), prompts(side)
     visible = mask[:, None, None].bool() & torch.ones(20, 20, dtype=torch.bool).tril()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -418,6 +418,47 @@ def test_a_4d_mask_whose_pads_see_themselves(side, model_of, prompts):
             with torch.no_grad(), steerlens.steer(model, method, SPANS[side]):
                 found.append(model(ids, attention_mask=given, position_ids=positions).logits)
         assert apart(*found, mask) < 1e-4, name
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_4d_mask_of_each_head(kind, model_of, prompts):
+    """Heads that see different keys, one row nothing but sinks; in the prompt and in a cached step."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    visible = torch.ones(21, 21, dtype=torch.bool).tril().expand(3, 8, 21, 21).clone()
+    visible[:, 3:, 8:, 5] = False
+    visible[:, 0, 15:, 1:] = False
+    mask = visible if kind == "bool" else torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+
+    def run(method, backend="auto"):
+        with torch.no_grad(), steerlens.steer(model, method, SPANS[None], backend=backend):
+            first = model(ids, attention_mask=mask[:, :, :20, :20])
+            step = model(ids[:, :1], attention_mask=mask[:, :, 20:], past_key_values=first.past_key_values)
+            return torch.cat([first.logits, step.logits], 1)
+
+    native = run(())
+    assert apart(run(Identity()), native) < 1e-5
+    for name, method in METHODS.items():
+        got, expected = run(method), run(method, "reference")
+        assert apart(got, expected) < 1e-4 and apart(expected, native) > 1e-3, name
+
+
+def test_a_head_sees_beside_a_set_what_its_own_mask_shows():
+    mask = torch.tensor([[[[True, False, False]], [[True, True, False]]]])
+    q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 3, 4)
+    call = Call(q, k, k, mask, 1.0, None, 2, None, False)
+    keys = torch.tensor([[[True, False, False]]])
+    assert [call.sees_beside(keys, [head]).item() for head in (0, 1)] == [False, True]
+
+
+def test_a_row_that_sees_no_key(model_of, prompts):
+    """Its attention is zero, as natively, for every method and in every layer."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(3, 1, 20, 20).clone()
+    mask[:, :, 7] = False
+    assert apart(logits(model, ids, mask, Identity(), backend="reference"), logits(model, ids, mask)) < 1e-5
+    for name, method in METHODS.items():
+        got, expected = (logits(model, ids, mask, method, SPANS[None], backend=b) for b in ("auto", "reference"))
+        assert apart(got, expected) < 1e-4, name
 
 
 def test_a_4d_mask_with_real_biases(model_of, prompts):
@@ -443,13 +484,14 @@ def test_prompt_keys_alone():
     assert now.key_columns(PromptKeys(), None).tolist() == [[True] * 4 + [False]] * 2
 
 
-@pytest.mark.parametrize("name", ["zerotuning", "pasta", "act", "composed"])
+@pytest.mark.parametrize("name", ["zerotuning", "pasta", "act", "act-running", "composed"])
 @pytest.mark.parametrize("move", ["reorder", "select", "repeat", "copy"])
 def test_state_follows_the_cache(name, move, model_of, prompts):
     """Rows that the caller moves between forwards take their prompt along."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("left")
     following = torch.tensor([[5], [6], [7]])
-    with torch.no_grad(), steerlens.steer(model, METHODS[name], SPANS["left"]):
+    method = METHODS[name] if name in METHODS else ACT(0.0, 0.08, decode="running")
+    with torch.no_grad(), steerlens.steer(model, method, SPANS["left"]):
         position = mask.sum(1, keepdim=True)
 
         def start():
@@ -488,6 +530,15 @@ def test_a_cache_cropped_into_its_prompt_starts_another(model_of, prompts):
         cache.crop(-8)
         again = model(ids[:, 12:], past_key_values=cache).logits
         assert apart(again, model(ids).logits[:, 12:]) < 1e-5
+
+
+def test_an_emptied_cache_starts_another_prompt(model_of, prompts):
+    model, (ids, mask), (others, _) = model_of("llama-gqa"), prompts("left"), prompts(None)
+    with torch.no_grad(), steerlens.steer(model, ZeroTuning(5.0), prompt_lengths=(10, 10, 10)):
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        cache.reset()
+        assert apart(model(others, past_key_values=cache).logits, model(others).logits) < 1e-5
 
 
 ROWS = {
@@ -574,20 +625,41 @@ def test_sinks_that_a_window_has_left_behind(head, prompts):
         [ACT(0.0, 0.02), ACT(0.3, 0.05)],
         [ACT(0.3, 0.05), ACT(0.0, 0.02, spare="first_sink")],
         [ACT(0.5, 0.05), ZeroTuning(2.0), ACT(0.0, 0.02)],
+        [HeadMask({0: [1], 1: [2]}), ZeroTuning(5.0)],
+        [ACT(0.3, 0.05), ACT(0.0, 0.02, heads={0: [5], 1: [6, 7]})],
     ],
-    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0"],
+    ids=["zero+uniform", "uniform+zero", "act0+act", "act+act0", "act+zt+act0", "uniform+zt", "act+one-group"],
 )
 def test_methods_that_overlap(methods, model_of, prompts):
     """Later ablations win; two row-dependent laws run one after the other."""
     model, (ids, mask) = model_of("llama-gqa"), prompts("left")
     one, two = (generate(model, methods, None, ids, mask, backend=b) for b in ("auto", "reference"))
     assert apart(torch.stack(one.logits), torch.stack(two.logits)) < 1e-4
-    got, expected = (logits(model, ids, mask, methods, backend=b) for b in ("auto", "reference"))
-    assert apart(got, expected, mask) < 1e-4
-    assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3
+    for part in (slice(0, 20), slice(8, 20)):  # more rows than a few, and few
+        ids, mask = ids[:, part], mask[:, part]
+        got, expected = (logits(model, ids, mask, methods, backend=b) for b in ("auto", "reference"))
+        assert apart(got, expected, mask) < 1e-4
+        assert apart(expected, logits(model, ids, mask, methods[-1]), mask) > 1e-3
 
 
-def test_visibilityfrom_columns():
+def test_what_a_mask_tells_of_tokens():
+    """(real tokens, whether visibility is causal and padding alone)."""
+    two = torch.tensor([[0, 1, 1]])
+    assert masks.token_mask(None, 3) == masks.token_mask({"full_attention": None}, 3) == (None, True)
+    assert masks.token_mask(two, 3)[0] is two and masks.token_mask(two, 3)[1]
+    window, full = (two.bool()[:, None, None, -keys:].expand(1, 1, 3, keys) for keys in (2, 3))
+    assert masks.token_mask(window, 3) == (None, False)  # it tells nothing of the first column
+    assert masks.token_mask({"sliding_attention": window}, 2)[0].tolist() == [[True, True]]
+    for mask in (full, {"sliding_attention": window, "full_attention": full}):
+        real, plain = masks.token_mask(mask, 3)
+        assert (real.tolist(), plain) == ([[False, True, True]], False)
+    with pytest.raises(UnsupportedError, match=r"shape \(3,\)"):
+        masks.token_mask(two[0], 3)
+    with pytest.raises(UnsupportedError, match="is a list"):
+        masks.token_mask([two], 3)
+
+
+def test_visibility_from_columns():
     """For kernels that are told the padding and the window instead of a mask."""
     real = torch.tensor([[False, True, True, True, True]])
     seen = masks.from_columns(torch.zeros(1, 1, 2, 4), 5, 3, real, 3)
@@ -671,6 +743,9 @@ def test_prompt_lengths_and_relative_thresholds_count_real_tokens(method, side, 
         pads = int((1 - mask[row]).sum()) if side else 0
         alone = logits(model, ids[row : row + 1, pads:], None, method, prompt_lengths=length)
         assert apart(together[row, pads:], alone[0]) < 1e-4
+    twice = [t.repeat_interleave(2, 0) for t in (ids, mask)]
+    again = logits(model, twice[0], twice[1] if side else None, method, prompt_lengths=lengths)
+    assert apart(again, together.repeat_interleave(2, 0), twice[1]) < 1e-5
 
 
 def test_pads_amid_the_prompt_are_no_rows(model_of, prompts):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steerlens import backends
-from steerlens.backends import sdpa
+from steerlens.backends import channels, sdpa
 from steerlens.backends.call import Bias, Call, Cut, KeepMass
 from steerlens.edits import FirstToken, Keep, Reweight, Scale, Sinks
 from steerlens.facts import ModelFacts
@@ -340,7 +340,7 @@ def test_a_law_before_another_where_one_key_has_all(native):
 def test_split_stays_finite_and_adds_up():
     values = torch.tensor([1e6, -1e6, math.pi, -1000 / 0.0625])
     for dtype in (torch.float16, torch.bfloat16):
-        high, low = sdpa.split(values, dtype)
+        high, low = channels.split(values, dtype)
         assert high.isfinite().all() and low.isfinite().all()
         assert high[2].float() + low[2].float() == pytest.approx(math.pi, abs=1e-4)
 

@@ -79,6 +79,16 @@ def test_lse(model_of, prompts):
         record[1]
 
 
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 6]])
+def test_lse_counts_learned_sinks(heads, model_of, prompts):
+    """A row sums to 1 less the sink's share, which is exp(sink - lse)."""
+    model, (ids, _) = model_of("gpt_oss", "eager"), prompts()
+    with torch.no_grad(), steerlens.capture(model, [[(0, 20)]] * 3, ["lse", "mass"], heads={0: heads}) as record:
+        model(ids)
+    sinks = model.model.layers[0].self_attn.sinks[heads][:, None]
+    assert ((sinks - record[0].lse).exp() + record[0].mass[..., 0] - 1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral"])
 def test_forwards_are_appended(family, model_of, prompts):
     """Prefill and decode together are what one forward over all tokens records."""
@@ -159,6 +169,18 @@ def test_ties_and_keys_that_no_row_saw(model_of, prompts):
     assert record[0].argmax.tolist() == [[[8]]] * 3  # the window of 12 ends at column 19
     assert record[0].column_mean[:, 0, :8].isnan().all()
     assert (record[0].column_mean[:, 0, 8:] - 1 / 12).abs().max() < 1e-6
+
+
+def test_rows_of_pads_are_no_rows(model_of, prompts):
+    """Pads on the right see every token before them, and count nowhere."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("right")
+    with torch.no_grad(), steerlens.capture(model) as together:
+        model(ids, attention_mask=mask)
+    with torch.no_grad(), steerlens.capture(model) as alone:
+        model(ids[1:2, :13])
+    for stat in ("column_mean", "mass", "entropy", "lse"):
+        got, expected = getattr(together[1], stat)[1:2, :, :13], getattr(alone[1], stat)
+        assert (got - expected).abs().max() < 1e-4, stat
 
 
 def test_pads_stay_pads_when_the_mask_is_left_out_later(model_of, prompts):

@@ -190,6 +190,8 @@ def test_a_released_cache_takes_its_state_along():
         kept = [MODEL(ids).past_key_values for _ in range(3)]
         prompts = steered._engine.prompts
         assert len(prompts) == 3
+        with pytest.raises(TypeError, match="without its cache"):
+            copy.deepcopy(vars(kept[0])["reorder_cache"])
         del kept[1:]
         assert len(prompts) == 1
 

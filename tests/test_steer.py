@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from small_models import build
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import AutoConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
 
 import steerlens
 from steerlens.errors import (
@@ -358,6 +358,8 @@ class TestSafety:
         found = facts.read(model_of("llama-gqa").config)
         assert (found.layers, found.heads, found.kv_heads) == (3, (8,) * 3, (2,) * 3)
         assert facts.read(model_of("gpt2").config).kv_heads == (8,) * 3
+        assert facts.read(model_of("llama-gqa").config, {0: 4, 2: None}).heads == (4, 0, 8)
+        assert found.name == "llama" and facts.read(AutoConfig.for_model("llama", name_or_path="own")).name == "own"
 
     def test_cross_attention_is_refused(self):
         from transformers import GPT2Config
@@ -392,6 +394,21 @@ class TestSafety:
         with steerlens.steer(wrapped, STRONG):
             assert not torch.equal(run(model, prompts()[0]), before)
 
+    def test_a_cache_that_gives_other_keys_than_it_announced(self, model, prompts):
+        class Drops(DynamicCache):
+            def update(self, *args, **kwargs):
+                return tuple(states[:, :, 1:] for states in super().update(*args, **kwargs))
+
+        with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match=r"19 keys.*announced 20"):
+            model(prompts()[0], past_key_values=Drops())
+
+    def test_a_cache_of_other_rows(self, model, prompts):
+        ids, _ = prompts()
+        with steerlens.steer(model, STRONG):
+            cache = model(ids).past_key_values
+            with pytest.raises(UnsupportedError, match="prompt of 3 rows, this forward has 2"):
+                model(ids[:2, :1], past_key_values=cache)
+
     def test_dropout_is_refused(self, prompts):
         model = build("llama-gqa", attention_dropout=0.1).train()
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="dropout"):
@@ -418,6 +435,9 @@ class TestSafety:
         with steerlens.steer(model, STRONG, backend="reference"):
             weights = model(ids, output_attentions=True).attentions
         assert all((w.sum(-1) - 1).abs().max() < 1e-5 for w in weights)
+        half = build("llama-gqa", "eager", torch.bfloat16)
+        with steerlens.steer(half, STRONG, backend="reference"):
+            assert {w.dtype for w in half(ids, output_attentions=True).attentions} == {torch.bfloat16}
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="capture"):
             model(ids, output_attentions=True)
 
@@ -486,6 +506,13 @@ class TestSpans:
             with steerlens.steer(model, PASTA(), spans):
                 model(ids[:, :1], past_key_values=cache)
 
+    def test_fingerprint_is_not_that_of_embeddings(self, model, prompts):
+        ids, _ = prompts()
+        spans = steerlens.Spans({"emphasis": (((9, 12),),) * 3}, steerlens.spans.digests(ids, None))
+        with torch.no_grad(), steerlens.steer(model, PASTA(0.05), spans):
+            expected = model(ids).logits
+            assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected)
+
     def test_fingerprint_covers_the_padding(self, model, prompts):
         ids, mask = prompts("left")
         spans = steerlens.Spans({"emphasis": (((9, 12),),) * 3}, steerlens.spans.digests(ids, mask))
@@ -539,6 +566,12 @@ class TestGenerateArguments:
             assert torch.equal(model.generate(ids, config), model.generate(input_ids=ids, generation_config=config))
         with steerlens.steer(model, ACT(0.3, 0.08, decode="running")), pytest.raises(UnsupportedError, match="beams"):
             model.generate(ids, config)
+
+    def test_a_decoder_called_by_position(self, model, prompts):
+        ids, mask = prompts("left")
+        with torch.no_grad(), steerlens.steer(model, STRONG):
+            expected = model.model(input_ids=ids, attention_mask=mask)[0]
+            assert torch.equal(model.model(ids, mask)[0], expected)
 
     def test_embeddings(self, model, prompts):
         ids, mask = prompts("left")
@@ -598,6 +631,16 @@ class TestReport:
         assert change.shape == (3, 8)
         assert (change >= 0).all() if method is STRONG else (change <= 1e-7).all()
         assert change.abs().max() > 0.05
+
+    def test_gradients_after_a_forward_in_inference_mode(self, model, prompts):
+        """What is kept for later forwards must not be tensors of inference mode."""
+        ids, _ = prompts()
+        with steerlens.steer(model, HeadMask({0: [1, 4, 6]})):
+            with torch.inference_mode():
+                model(ids)
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=embeds).logits.sum().backward()
+        assert embeds.grad.abs().max() > 0
 
     def test_mass_over_inference_and_normal_mode(self, model, prompts):
         ids, _ = prompts()
@@ -715,7 +758,7 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("heads", "message"),
         [
-            ({9: [0]}, r"layer 9.*0\.\.2"),
+            ({3: [0]}, r"layer 3.*0\.\.2"),
             ({0: [8]}, r"head 8.*0\.\.7"),
             ("0:8", r"head 8.*0\.\.7"),
             ("0-1", "no ':'"),
@@ -723,6 +766,7 @@ class TestMethods:
             ("x.json:top3", "cannot read"),
             (3, "not a head specification"),
             ({0: "3"}, "neither"),
+            ("0:10000", "names index 10000"),
         ],
     )
     def test_bad_heads(self, model, heads, message):
@@ -744,6 +788,7 @@ class TestMethods:
             ("1:3,0;2:*", {1: (0, 3), 2: (0, 1, 2, 3)}),
             ("0-1:2-3", {0: (2, 3), 1: (2, 3)}),
             ("*:1", {0: (1,), 1: (1,), 2: (1,)}),
+            ("1:3;1:0;*:2", {0: (2,), 1: (0, 2, 3), 2: (2,)}),
             (f"{scores}:top3", {0: (1,), 1: (2,), 2: (3,)}),
             (str(lists), {1: (0, 3)}),
             ({1: torch.tensor([3, 0])}, {1: (0, 3)}),

@@ -25,24 +25,13 @@ import torch.nn.functional as F
 
 from steerlens.backends import reference
 from steerlens.backends.call import FEW_ROWS, Bias, Call, Cut, Few, KeepMass, Sums
+from steerlens.backends.channels import Term, split, widen, with_terms
 from steerlens.errors import UnsupportedError
 
 HIDE = -1000.0
 """A bias (nats) that leaves nothing of a key beside any other; finite in every dtype."""
 _MOST = {torch.float64: 0.9, torch.float32: 0.9, torch.bfloat16: 0.5, torch.float16: 0.5}
 """ψ up to which o_N by subtraction keeps the digits of its dtype."""
-
-
-@dataclass
-class Term:
-    """A bias `weights` [B or 1, H, Tq or 1] (nats, fp32) on `keys`, bool [B or 1, G or 1, Tk].
-
-    `source` is the edit that it stands for unchanged, if any.
-    """
-
-    weights: torch.Tensor
-    keys: torch.Tensor
-    source: Bias | None = None
 
 
 @dataclass
@@ -59,6 +48,12 @@ class Inputs:
     sinks: torch.Tensor | None = None
     sink_value: float = 0.0
     heads: list[int] | None = None
+
+    def mask(self, call: Call) -> torch.Tensor | None:
+        """The call's mask for these heads."""
+        if call.mask is None or call.mask.shape[1] == 1 or self.heads is None:
+            return call.mask
+        return call.mask[:, self.heads]
 
 
 def attention(call: Call) -> torch.Tensor:
@@ -115,9 +110,7 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
         return _run_with_sinks(call, inputs, inputs.sinks, terms, want_lse)
     query, key, value = inputs.query, inputs.key, inputs.value
     width = value.shape[-1]
-    mask, causal = call.mask, call.mask is None and query.shape[2] > 1
-    if mask is not None and mask.shape[1] > 1 and inputs.heads is not None:
-        mask = mask[:, inputs.heads]
+    mask, causal = inputs.mask(call), call.mask is None and query.shape[2] > 1
     if causal and (call.offset != 0 or query.shape[2] > key.shape[2]):
         mask, causal = call.visible(slice(None)), False
     if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
@@ -130,7 +123,7 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     if terms and query.shape[2] <= FEW_ROWS and exact:
         mask, causal, terms = _additive(call, inputs, terms, mask, causal), False, []
     if terms or query.shape[-1] != width:
-        query, key = _with_channels(query, key, terms, call.scaling, width)
+        query, key = with_terms(query, key, terms, call.scaling, width)
         value = F.pad(value, (0, query.shape[-1] - width))
     groups = query.shape[1] // key.shape[1]
     packed = groups > 1 and query.shape[2] == 1
@@ -144,6 +137,8 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=_float(mask, query), scale=call.scaling
         )
+        if mask is not None:
+            output.masked_fill_(_blind(lse, query.dtype)[..., None], 0)  # as the native kernel does with a bool mask
         lse = lse.reshape(lse.shape[0], -1, 1) if packed else lse
     else:
         output = F.scaled_dot_product_attention(
@@ -168,7 +163,8 @@ def _run_with_sinks(
     front = int(call.plain and call.offset == 0 and Tq == Tk > 1)
     mask = None
     if not front and (Tq > 1 or call.mask is not None):
-        mask = call.visible(slice(None)) if call.mask is None else call.mask
+        mask = inputs.mask(call)
+        mask = call.visible(slice(None)) if mask is None else mask
         mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
     query = F.pad(inputs.query, (0, 0, front, 0))
     key = F.pad(inputs.key, (0, 0, 1, 0))
@@ -185,48 +181,6 @@ def _run_with_sinks(
 
 def _in_front(weights: torch.Tensor, rows: int) -> torch.Tensor:
     return weights if weights.shape[-1] == 1 else F.pad(weights, (rows, 0))
-
-
-def _with_channels(
-    query: torch.Tensor, key: torch.Tensor, terms: list[Term], scaling: float, width: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key [.., W >= width] whose product holds the terms too."""
-    on_query: list[torch.Tensor] = []
-    on_key: list[torch.Tensor] = []
-    for term in terms:
-        pieces = split(term.weights / scaling, query.dtype)
-        on_query += pieces
-        on_key += [term.keys.to(key.dtype)] * len(pieces)
-    return widen(query, on_query, width), widen(key, on_key, width)
-
-
-def widen(x: torch.Tensor, channels: list[torch.Tensor], width: int = 0) -> torch.Tensor:
-    """`x` [.., T, D] with channels that broadcast to [.., T] behind it, zeros up to a width the kernel likes.
-
-    It is at least `width` wide.
-    """
-    used = max(x.shape[-1] + len(channels), width)
-    # Measured on CPU: heads of 128 run 10 % faster at 144 than at 136, heads of 64 faster at 72 than at 80.
-    step = 16 if x.shape[-1] >= 128 else 8
-    wide = x.new_empty(*x.shape[:-1], used + -used % step)
-    wide[..., : x.shape[-1]] = x
-    for place, channel in enumerate(channels, x.shape[-1]):
-        wide[..., place] = channel
-    wide[..., x.shape[-1] + len(channels) :] = 0
-    return wide
-
-
-def split(values: torch.Tensor, dtype: torch.dtype, pieces: int = 2) -> list[torch.Tensor]:
-    """Values as a sum of tensors of `dtype`: itself where that is exact enough, else high and low parts."""
-    if dtype in (torch.float32, torch.float64):
-        return [values.to(dtype)]
-    # Finite in fp16, and still e^-(30000·scale): nothing.
-    values = values.float().clamp(-3e4, 3e4)
-    parts = []
-    for _ in range(pieces):
-        parts.append(values.to(dtype))
-        values = values - parts[-1].float()
-    return parts
 
 
 def _additive(call: Call, inputs: Inputs, terms: list[Term], mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
@@ -272,6 +226,11 @@ def _float(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | Non
     # In place: at long contexts every T×T tensor beside the one that the native kernel makes too is one too many.
     hidden = torch.full(mask.shape, torch.finfo(query.dtype).min / 2, dtype=query.dtype, device=mask.device)
     return hidden.masked_fill_(mask, 0)
+
+
+def _blind(lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that see no key, by their log-sum-exp under a mask that `_float` made."""
+    return lse < torch.finfo(dtype).min / 4
 
 
 def _biased(call: Call) -> bool:
@@ -451,10 +410,10 @@ def _summer(call: Call, whole: Inputs, terms: list[Term], chosen: Selection, lse
         inputs = chosen.inputs(whole)
         query, key = inputs.query, inputs.key
         if terms:
-            query, key = _with_channels(query, key, chosen.terms(terms), call.scaling)
+            query, key = with_terms(query, key, chosen.terms(terms), call.scaling)
         B, _, T, _ = query.shape
         # A row that sees no key, a pad, counts nowhere.
-        share = torch.where(counted[:, None] & (lse > -1e30), -lse, HIDE)[:, chosen.index] / call.scaling
+        share = torch.where(counted[:, None] & ~_blind(lse, query.dtype), -lse, HIDE)[:, chosen.index] / call.scaling
         pieces = split(share, query.dtype, pieces=3)
         query = widen(query, pieces).unflatten(1, (len(chosen.kv), chosen.width))
         key = widen(key, [torch.ones((), dtype=key.dtype, device=key.device)] * len(pieces))
