@@ -19,14 +19,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import steerlens
-from steerlens import decoder
+from steerlens import caches, decoder
 from steerlens.errors import SteerlensError, UnsupportedError
 from steerlens.facts import TESTED
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 from steerlens.methods.base import EditMethod
 
 PAGE = Path(__file__).parent / "records" / "support.md"
-METHODS: tuple[EditMethod, ...] = (ZeroTuning(3.0), PASTA(0.05), ACT(0.3, 0.08), HeadMask("all"))
+METHODS: tuple[EditMethod, ...] = (
+    ZeroTuning(3.0),
+    PASTA(0.05, heads="*:0,1"),
+    ACT(0.3, 0.08),
+    ACT(0.0, 0.05, heads="*:1,3"),
+    HeadMask("all"),
+)
 SPANS = [[(6, 9)], [(8, 12)]]
 LENGTH, PADS = 24, 5
 
@@ -57,8 +63,9 @@ class Row:
 def row(family: str) -> Row:
     """Build a tiny model of a family, and steer it.
 
-    A family that is steered passed: `steerlens.selfcheck`; four methods on a left-padded batch, where the backend that
-    `auto` takes equals `reference` to 1e-4 of the largest logit and every method moves it; and a greedy `generate`.
+    A family that is steered passed: `steerlens.selfcheck`; `METHODS` on a left-padded batch and a cached step, where
+    the backend that `auto` takes equals `reference` to 1e-4 of the largest logit and every method moves it; and a
+    greedy `generate`.
     """
     try:
         model = tiny(family)
@@ -86,7 +93,12 @@ def _steer(model: PreTrainedModel) -> str:
 
     def logits(method: EditMethod | list[EditMethod], backend: str = "auto") -> torch.Tensor:
         with steerlens.steer(model, method, SPANS, backend=backend):
-            return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+            first = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+            found = [first.logits[mask[:, :-1].bool()]]
+            if (cache := caches.find(first)) is not None:
+                step = model(input_ids=ids[:, -1:], attention_mask=mask, use_cache=True, **{caches.NAME: cache})
+                found.append(step.logits[:, 0])
+        return torch.cat(found)
 
     native, found = logits([]), []
     for method in METHODS:
@@ -123,7 +135,7 @@ def page(rows: list[Row]) -> str:
         "padding, caches, chunks, beams, grouped heads, windows.",
         f"- **self-check** ({count['self-check']}): steered after a check at first use, on the model itself: an edit "
         "that changes nothing must leave every attention call as it was. For this page it also passed four methods on "
-        "a left-padded batch, on two backends that must agree, and `generate`.",
+        "a left-padded batch and a cached step, on two backends that must agree, and `generate`.",
         f"- **refused** ({count['refused']}): an error says why. The way out is a model of another family.",
         f"- **not built** ({count['not built']}): no tiny model could be made here; the check at first use decides.",
         "",

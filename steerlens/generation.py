@@ -94,7 +94,7 @@ class Scope:
             raise UnsupportedError(
                 f"generate runs a forward of {tokens.shape[1]} columns on a cache of {seen} that is not its prompt of "
                 f"{self.width}: which keys and rows are meant there cannot be told (several prompts inside one "
-                "generate); generate unsteered"
+                "generate, or a second thread): one generate at a time, or generate unsteered"
             )
         self.started = True
 

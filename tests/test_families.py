@@ -290,6 +290,17 @@ def test_a_layer_that_attends_twice(prompts):
     assert apart(*found) < 1e-5
 
 
+def test_a_layer_that_attends_twice_on_a_static_cache(prompts):
+    """diffllama: the unwritten slots are cut off both times."""
+    model, (ids, mask) = tiny("diffllama"), prompts("left")
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    for more in ({}, {"cache_implementation": "static"}):
+        with steerlens.steer(model, [STRONG, ACT(0.0, 0.05)]):
+            found.append(torch.stack(model.generate(ids, attention_mask=mask, **options, **more).logits))
+    assert apart(*found) < 1e-4
+
+
 class TestPackedSequences:
     def test_refused(self, model_of):
         model, ids = model_of("llama-gqa"), torch.arange(5, 17)[None]
