@@ -423,7 +423,8 @@ class Engine(Guarded):
         scaling: float | None,
         extra: dict[str, Any],
     ) -> Call:
-        length, start = now.memo.setdefault(("announced", site.layer), now.keys[site.layer])  # type: ignore[misc]
+        announced: Any = now.memo.setdefault(("announced", site.layer), now.keys[site.layer])
+        length, start = announced
         if key.shape[2] != length or query.shape[2] != now.q_len:
             raise UnsupportedError(
                 f"layer {site.layer}: {key.shape[2]} keys and {query.shape[2]} rows, but the cache announced {length} "
