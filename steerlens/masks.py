@@ -14,12 +14,10 @@ from steerlens.errors import UnsupportedError
 
 def canonical(mask: torch.Tensor | None) -> torch.Tensor | None:
     """A float mask of zeros and of values that hide as the bool mask it stands for; real biases stay."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point():
-        return mask.bool()
+    if mask is None:
+        return None
     visible = unhidden(mask)
-    return visible if bool(((mask == 0) | ~visible).all()) else mask
+    return mask if mask.is_floating_point() and not bool(((mask == 0) | ~visible).all()) else visible
 
 
 def is_causal_padding(mask: torch.Tensor | None, offset: int, real: torch.Tensor | None) -> bool:

@@ -38,3 +38,14 @@ def prompts():
         return ids, mask
 
     return make
+
+
+@pytest.fixture
+def model(model_of):
+    return model_of("llama-gqa")
+
+
+@pytest.fixture
+def row(prompts):
+    """One prompt of 20 tokens."""
+    return prompts(None, lengths=(20,))[0]

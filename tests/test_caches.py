@@ -38,17 +38,6 @@ IMPLEMENTATIONS = [
 
 
 @pytest.fixture
-def model(model_of):
-    return model_of("llama-gqa")
-
-
-@pytest.fixture
-def row(prompts):
-    """One prompt of 20 tokens."""
-    return prompts(None, lengths=(20,))[0]
-
-
-@pytest.fixture
 def streams(monkeypatch):
     """Offloaded caches copy on side streams, which only an accelerator has: here they are stand-ins that do nothing."""
 

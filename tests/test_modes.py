@@ -30,17 +30,6 @@ from steerlens import caches
 from steerlens.errors import UnsupportedError
 
 
-@pytest.fixture
-def model(model_of):
-    return model_of("llama-gqa")
-
-
-@pytest.fixture
-def row(prompts):
-    """One prompt of 20 tokens."""
-    return prompts(None, lengths=(20,))[0]
-
-
 @torch.no_grad()
 def guided_by_hand(model, method, spans, ids, mask, negative, scale, tokens):
     """Guidance from its formula: the conditional branch steered, the other one native, over the tokens generated."""

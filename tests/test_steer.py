@@ -25,11 +25,6 @@ from steerlens.methods import ACT, PASTA, DecodingMethod, HeadMask, PerRow, Prom
 STRONG = ZeroTuning(9.0)
 
 
-@pytest.fixture
-def model(model_of):
-    return model_of("llama-gqa")
-
-
 @torch.no_grad()
 def run(model, ids, **options):
     return model(ids, **options).logits

@@ -70,8 +70,8 @@ class Cut:
 
 
 def unhidden(mask: torch.Tensor) -> torch.Tensor:
-    """Where a bool or additive mask shows a key. -1e4, -1e9 and the like, as many write them, hide it as -inf does."""
-    return mask if mask.dtype == torch.bool else mask > -9e3
+    """Where a bool, 0/1 or additive mask shows a key; -1e4, -1e9 and the like hide it as -inf does."""
+    return mask > -9e3 if mask.is_floating_point() else mask.bool()
 
 
 FEW_ROWS = 16
