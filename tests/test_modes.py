@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from modes import (
     METHODS,
     RUNNING,
@@ -146,8 +147,13 @@ class TestAssisted:
         native = "eager" if family == "gemma2" else "sdpa"
         model, drafters = model_of(family, native), {"small": build(family, native, num_hidden_layers=1)}
         options, spans = {"max_new_tokens": 12, "eos_token_id": 1}, [[(9, 12)]]
-        plain = generate(model, METHODS[name], spans, row, **options)
-        assert_same(generate(model, METHODS[name], spans, row, **options, **self.draft(kind, model, drafters)), plain)
+        plain, draft = generate(model, METHODS[name], spans, row, **options), self.draft(kind, model, drafters)
+        try:
+            greedy(model, row, **options, **draft)
+        except TypeError as error:
+            model.config.num_hidden_layers = 3  # early exit leaves it changed
+            pytest.skip(f"transformers {transformers.__version__} cannot draft so, unsteered either: {error}")
+        assert_same(generate(model, METHODS[name], spans, row, **options, **draft), plain)
 
     @pytest.mark.parametrize("kind", ["itself", "early exit"])
     def test_drafts_with_the_steered_model_are_native(self, kind, model, row, drafters):
