@@ -265,7 +265,7 @@ class Engine(Guarded):
             self.await_layers()
 
     def _busy(self) -> bool:
-        """Whether the thread that began the last forward is still in it; Ctrl-C leaves one without its hooks."""
+        """Whether the thread that began the last forward is still in it; Ctrl-C may leave one that never ended."""
         frame = None if self._running is None else sys._current_frames().get(self._running)
         while frame is not None:
             if frame.f_locals.get("self") is self.base:
@@ -314,7 +314,7 @@ class Engine(Guarded):
 
     def _end(self, output: Any) -> None:
         if self._running != threading.get_ident():
-            return  # a forward that was refused while another thread's goes on
+            return  # a forward that is left native, or has no tokens, began no pass
         now, self.current, self._running = self.current, None, None
         if now is None or output is None:  # no output: the forward raised
             return
