@@ -1,0 +1,347 @@
+"""Steered attention in one call, by `steered_prefill` or `steered_decode`; a `torch.library` operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from steerlens.kernels import _configs
+from steerlens.kernels._launch import (
+    check_attention,
+    check_table,
+    inner,
+    or_one,
+    precision,
+    processors,
+    refuse,
+    steps,
+    widths,
+)
+from steerlens.kernels.key_index import Labels
+from steerlens.kernels.prefix_mean import prefix_mean
+from steerlens.kernels.steered_decode import steered_decode_kernel, steered_merge_kernel
+from steerlens.kernels.steered_prefill import steered_prefill_kernel
+
+LAWS = ("none", "transfer", "reach", "spotlight", "raw")
+STATS = ("lse", "lse_before", "entropy", "argmax", "mass")
+UNIFORM, ZERO = 1, 2
+"""Values of a cut."""
+DECODE_ROWS = 64
+"""Up to so many packed rows of a key/value head take the decode kernel."""
+MAX_SPLITS = 64
+_BOOLS = (torch.bool, torch.uint8)
+
+
+@dataclass
+class Law:
+    """How mass moves between the groups of a row, o' = Σ_g ψ'_g·o_g.
+
+    Attributes:
+        kind: `transfer`: ψ'_g = Σ_s table[g, s]·ψ_s (keep: [[1, 1-β], [0, β]]; a budget between groups; a gain, whose
+            columns do not sum to 1). `reach`: ψ'_1 = max(ψ_1, τ). `spotlight`: τ/(1+τ-ψ_1) where ψ_1 < τ. `raw`: the
+            terms multiply weights that are not renormalised (anchor re-weighting); needs one group and no table.
+        table: fp32 [B or 1, H or 1, G, G] for `transfer`; τ in [0, 1], fp32 [B or 1, H or 1], for the other two.
+        rows: query rows that the law applies to, bool [B or 1, Tq]; `None` for all.
+    """
+
+    kind: str
+    table: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+    @classmethod
+    def keep(cls, fraction: torch.Tensor, rows: torch.Tensor | None = None) -> Law:
+        """ψ'_1 = β·ψ_1 for β = `fraction`, fp32 [B or 1, H or 1]; the rest goes to group 0."""
+        beta = fraction.float()
+        table = torch.stack([torch.ones_like(beta), 1 - beta, torch.zeros_like(beta), beta], -1)
+        return cls("transfer", table.unflatten(-1, (2, 2)), rows)
+
+
+@dataclass
+class Result:
+    """What `attention` gives; what was not asked for is `None`. h: H, or the heads asked for.
+
+    Attributes:
+        output: [B, h, Tq, Dv] in the dtype of value.
+        lse: log-sum-exp of the logits with terms, before the law, sinks included, in nats, fp32 [B, h, Tq].
+        lse_before: the same without the terms.
+        entropy: of the final weights in nats, fp32 [B, h, Tq].
+        argmax: key of the largest final weight, int64 [B, h, Tq]; the lowest on a tie, -1 where a row sees no key.
+        top: logit of that key with terms, in nats, fp32 [B, h, Tq].
+        mass: final weight on the keys of each term, fp32 [B, h, Tq, terms].
+    """
+
+    output: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    lse_before: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    argmax: torch.Tensor | None = None
+    top: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    offset: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    labels: Labels | None = None,
+    bias: torch.Tensor | None = None,
+    law: Law | None = None,
+    cut: torch.Tensor | None = None,
+    heads: torch.Tensor | None = None,
+    stats: Sequence[str] = (),
+    output: bool = True,
+) -> Result:
+    """Steered attention; key j is seen by row i if j <= i + offset, within the window, or where `mask` says so.
+
+    Args:
+        query: [B, H, Tq, D], bf16, fp16 or fp32.
+        key: [B, G, Tk, D] with G dividing H.
+        value: [B, G, Tk, Dv].
+        scaling: factor on q·k, > 0; by default D^-0.5.
+        offset: column of query row 0 minus column of key 0; by default Tk - Tq (bottom-right causal).
+        window: a row sees its own and the `window` - 1 keys before it.
+        softcap: c of c·tanh(x/c) on the logits, before terms.
+        mask: bool (True = seen) or additive float [B or 1, H or 1, Tq, Tk], instead of causality and window.
+        sinks: learned sink logits [H]: for each head one more key in group 0, of value zero.
+        labels: groups, hidden keys and terms.
+        bias: fp32 [B or 1, H or 1, Tq or 1, terms], nats added to the logits of each term's keys; -inf is a gate.
+        law: how mass moves between groups; `None` leaves it.
+        cut: outputs that are replaced, int8 [B or 1, H or 1, Tq or 1]: 1 by the mean of V over the keys that the row
+            sees, 2 by zeros. Statistics do not know of it.
+        heads: int32 [h], the query heads wanted; `None` for all.
+        stats: some of `STATS`.
+        output: whether attention itself is wanted.
+
+    Raises:
+        ValueError: for a shape, dtype, device, number of groups or law that the kernels do not have; it names them.
+        RuntimeError: if gradients are needed; the kernels have no backward.
+    """
+    check_attention(query, key, value)
+    B, H, Tq, D = query.shape
+    Tk = key.shape[2]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        raise RuntimeError("the Triton kernels have no backward: call them without gradients, or use 'sdpa'")
+    scaling = D**-0.5 if scaling is None else scaling
+    if not scaling > 0 or not math.isfinite(scaling):
+        refuse("scaling", scaling, "a finite number > 0")
+    if window is not None and window < 1:
+        refuse("window", window, "at least 1")
+    if softcap is not None and not softcap > 0:
+        refuse("softcap", softcap, "> 0, or None")
+    for stat in stats:
+        if stat not in STATS:
+            refuse("stat", repr(stat), ", ".join(STATS))
+    groups, terms = (labels.groups, labels.terms) if labels is not None else (1, 0)
+    if labels is not None:
+        check_table("labels", labels.bits, (B, H, Tk), (torch.uint8, torch.int32))
+        if labels.bits.shape[2] != Tk:
+            refuse("number of labels", labels.bits.shape[2], f"{Tk}, one for each key")
+    if mask is not None:
+        kinds = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
+        check_table("mask", mask, (B, H, Tq, Tk), kinds)
+        if mask.shape[2:] != (Tq, Tk):
+            refuse("shape of mask", tuple(mask.shape), f"[B or 1, H or 1, {Tq}, {Tk}]")
+        if window is not None:
+            refuse("window beside a mask", window, "None: the mask says what is seen")
+    if sinks is not None and sinks.shape != (H,):
+        refuse("shape of sinks", tuple(sinks.shape), f"[{H}]")
+    if bias is None and terms and "mass" not in stats:
+        refuse("bias", None, f"a table for the {terms} terms of the labels")
+    if bias is not None:
+        check_table("bias", bias, (B, H, Tq, -1), (torch.float32,))
+        if bias.shape[3] != terms:
+            refuse("number of biases", bias.shape[3], f"{terms}, one for each term of the labels")
+    if cut is not None:
+        check_table("cut", cut, (B, H, Tq), (torch.int8,))
+    kind, table, rows = _law(law, groups, terms, B, H, Tq)
+    if "lse_before" in stats and groups > 1 and terms:
+        refuse("stat 'lse_before' with groups", groups, "one group, or no terms")
+    if not output and not stats:
+        refuse("output", output, "True, unless statistics are wanted")
+    offset = Tk - Tq if offset is None else offset
+
+    decoding = is_decode(H // key.shape[1], Tq)
+    index = None
+    if labels is not None and not decoding:
+        found = labels.index(_configs.prefill(max(D, value.shape[3]), query.dtype, groups).keys)
+        index = (found.before, found.tiles, found.keys)
+    flags = sum(1 << STATS.index(stat) for stat in set(stats))
+    parts = torch.ops.steerlens.attention(
+        query, key, value, None if labels is None else labels.bits, *(index or (None,) * 3), bias, table, rows, mask,
+        sinks, cut, None if decoding else heads, kind, groups, terms, float(scaling), float(softcap or 0), offset,
+        window or 0, flags, output,
+    )  # fmt: skip
+    if decoding and heads is not None:
+        parts = [part.index_select(1, heads) if part.ndim > 1 else part for part in parts]
+    out, lse, before, entropy, top, argmax, mass = parts
+    return Result(
+        out if output else None,
+        lse if "lse" in stats else None,
+        before if "lse_before" in stats else None,
+        entropy if "entropy" in stats else None,
+        argmax.long() if "argmax" in stats else None,
+        top if "argmax" in stats else None,
+        mass if "mass" in stats else None,
+    )
+
+
+def is_decode(heads_per_kv: int, rows: int) -> bool:
+    """Whether so many rows take the split-KV kernel."""
+    return heads_per_kv * rows <= DECODE_ROWS
+
+
+def _law(
+    law: Law | None, groups: int, terms: int, B: int, H: int, Tq: int
+) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+    if law is None:
+        if groups > 1:
+            refuse("law", None, f"a law for the {groups} groups of the labels")
+        return 0, None, None
+    if law.kind not in LAWS[1:]:
+        refuse("kind of law", repr(law.kind), ", ".join(LAWS[1:]))
+    if law.kind == "raw":
+        if groups > 1 or not terms or law.table is not None or law.rows is not None:
+            refuse("law 'raw' with groups, terms", (groups, terms), "one group, some terms, no table and no rows")
+        return 4, None, None
+    if groups < 2:
+        refuse("groups of the labels", groups, f"2 to 4 for the law {law.kind!r}")
+    if law.table is None:
+        refuse("table of the law", None, "fp32 parameters")
+    sizes = (B, H, groups, groups) if law.kind == "transfer" else (B, H)
+    check_table(f"table of the law {law.kind!r}", law.table, sizes, (torch.float32,))
+    if law.kind == "transfer" and law.table.shape[2:] != (groups, groups):
+        refuse("table of the law 'transfer'", tuple(law.table.shape), f"[B or 1, H or 1, {groups}, {groups}]")
+    if law.rows is not None:
+        check_table("rows of the law", law.rows, (B, Tq), _BOOLS)
+    return LAWS.index(law.kind), law.table.contiguous(), law.rows
+
+
+Optional = torch.Tensor | None
+
+
+@torch.library.custom_op("steerlens::attention", mutates_args=())
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: Optional, before: Optional, tiles: Optional,
+    keys: Optional, bias: Optional, table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional,
+    heads: Optional, law: int, groups: int, terms: int, scaling: float, softcap: float, offset: int, window: int,
+    stats: int, output: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    query, key, value = inner(query), inner(key), inner(value)
+    B, H, Tq, D = query.shape
+    G, Tk, DV = key.shape[1], key.shape[2], value.shape[3]
+    heads_per_kv = H // G
+    h = H if heads is None else heads.shape[0]
+    found = _outputs(query, value, h, terms, stats, output)
+    out, lse, lse_before, entropy, top, argmax, mass = found
+    if bias is None and terms:
+        bias = torch.zeros(1, 1, 1, terms, dtype=torch.float32, device=query.device)
+    mask = None if mask is None else inner(mask)
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    if kind == 1:
+        mask = mask.view(torch.uint8)
+    rows = None if rows is None else inner(rows.view(torch.uint8))
+    bits = None if bits is None else inner(bits)
+    want = [bool(stats >> i & 1) for i in range(5)]
+    flags = {
+        "LSE": want[0] or want[1], "RAW": want[1] or law == 4, "ENT": want[2], "ARG": want[3],
+        "MASSES": triton.next_power_of_2(terms) if want[4] else 0, "OUT": output,
+    }  # fmt: skip
+    (D1, D2), (V1, V2) = widths(D), widths(DV)
+    like = query
+    outputs = (or_one(out, like), lse, lse_before, entropy, top, argmax, mass)
+    os = out.stride()[:3] if output else (0, 0, 0)
+    shared = {
+        "DV": DV, "V1": V1, "V2": V2, "GROUPS": groups, "TERMS": terms, "LAW": law, "ROWS": rows is not None,
+        "SINKS": sinks is not None, "CUT": cut is not None,
+    }  # fmt: skip
+    more = {
+        "D": D, "D1": D1, "D2": D2, "LABELS": bits is not None, "MASK": kind, "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0, "PRECISION": precision(query.dtype),
+    }  # fmt: skip
+    qkv = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    labels, biases, laws = steps(bits, 2), (*steps(bias, 3), 1 if bias is None else bias.stride(3)), steps(table, 2)
+    masks, cuts = steps(mask, 3), steps(cut, 3)
+    if not (heads is None and is_decode(heads_per_kv, Tq)):
+        config = _configs.prefill(max(D, DV), query.dtype, groups)
+        T = triton.cdiv(Tk, config.keys)
+        # The index is laid out by rows and heads of its own; steps count (row, head) pairs.
+        index = (0, 0) if before is None else (
+            before.shape[1] if before.shape[0] > 1 else 0, 1 if before.shape[1] > 1 else 0,
+        )  # fmt: skip
+        steered_prefill_kernel[(triton.cdiv(Tq, config.rows), h, B)](
+            query, key, value, *outputs, or_one(bits, like), or_one(before, like), or_one(tiles, like),
+            or_one(keys, like), or_one(bias, like), or_one(table, like), or_one(rows, like), or_one(mask, like),
+            or_one(sinks, like), or_one(cut, like), or_one(heads, like),
+            *qkv, *os, *labels, *index, *biases, *laws, *steps(rows, 1), *masks, *cuts,
+            h, heads_per_kv, Tq, Tk, T, scaling, softcap, offset, window,
+            **shared, **more, **flags, HEADS=heads is not None, R=config.rows, N=config.keys,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    else:
+        R = max(16, triton.next_power_of_2(heads_per_kv * Tq))
+        config = _configs.decode(max(D, DV), query.dtype, R, groups)
+        start = 0 if kind or not window else max(0, offset - window + 1)
+        stop = Tk if kind else max(start, min(Tk, offset + Tq))
+        splits = split_count(stop - start, B * G, config.keys, processors(query.device))
+        span = triton.cdiv(triton.cdiv(stop - start, splits), config.keys) * config.keys
+        total, FIELDS = B * H * Tq, 5 + flags["MASSES"]
+        part = torch.empty(splits, groups, total, FIELDS, dtype=torch.float32, device=query.device)
+        place = torch.empty((splits, groups, total) if want[3] else (1,), dtype=torch.int32, device=query.device)
+        acc = torch.empty((splits, groups, total, DV) if output else (1,), dtype=torch.float32, device=query.device)
+        steered_decode_kernel[(splits, G, B)](
+            query, key, value, part, place, acc, or_one(bits, like), or_one(bias, like), or_one(mask, like),
+            or_one(cut, like), *qkv, *labels, *biases, *masks, *cuts,
+            H, heads_per_kv, Tq, stop, total, start, span, scaling, softcap, offset, window,
+            **{k: shared[k] for k in ("DV", "V1", "V2", "GROUPS", "TERMS")}, **more,
+            **{k: flags[k] for k in ("RAW", "ENT", "ARG", "MASSES", "OUT")}, FIELDS=FIELDS,
+            PER_HEAD=labels[1] != 0, EARLY=cut is not None and stats == 0, R=R, N=config.keys,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        steered_merge_kernel[(total,)](
+            part, place, acc, *outputs, or_one(table, like), or_one(rows, like), or_one(sinks, like),
+            or_one(cut, like), *os, *laws, *steps(rows, 1), *cuts, H, Tq, total, splits,
+            **shared, **flags, FIELDS=FIELDS, S=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    if cut is not None and output:
+        prefix_mean(out, value, mask, bits, cut, heads_per_kv, heads, offset, window)
+    return found
+
+
+@_attention.register_fake
+def _fake(
+    query, key, value, bits, before, tiles, keys, bias, table, rows, mask, sinks, cut, heads, law, groups, terms,
+    scaling, softcap, offset, window, stats, output,
+):  # fmt: skip
+    return _outputs(query, value, query.shape[1] if heads is None else heads.shape[0], terms, stats, output)
+
+
+def _outputs(
+    query: torch.Tensor, value: torch.Tensor, h: int, terms: int, stats: int, output: bool
+) -> list[torch.Tensor]:
+    B, _, Tq, _ = query.shape
+    want = [bool(stats >> i & 1) for i in range(5)]
+    # One row of heads after the other, as the models want it: [B, Tq, h, Dv] in memory.
+    out = value.new_empty((B, Tq, h, value.shape[3]) if output else (1, 0, 1, 1)).transpose(1, 2)
+
+    def table(wanted: bool, dtype: torch.dtype = torch.float32, more: tuple[int, ...] = ()) -> torch.Tensor:
+        return query.new_empty((B, h, Tq, *more) if wanted else (0,), dtype=dtype)
+
+    argmax = table(want[3], torch.int32)
+    mass = table(want[4], more=(terms,))
+    return [out, table(want[0] or want[1]), table(want[1]), table(want[2]), table(want[3]), argmax, mass]
+
+
+def split_count(keys: int, programs: int, block: int, processors: int) -> int:
+    """Into how many ranges `keys` are split, so that about two programs fall on each processor."""
+    most = min(MAX_SPLITS, max(1, keys // (4 * block)))
+    return max(1, min(most, triton.cdiv(2 * processors, programs)))
