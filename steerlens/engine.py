@@ -437,7 +437,11 @@ class Engine(Guarded):
             key, value = key[:, :, :written], value[:, :, :written]
         real = None if now.real is None else fit(now.real, written, start)
         window = extra.get("sliding_window")
-        plain = now.plain and (window is None or now.columns <= window)
+        if window is not None and now.columns <= window:
+            window = None
+        plain = now.plain and window is None
+        # The kernels know windows by their width.
+        shaped = plain or (now.plain and self.backend == "triton")
         offset = now.q_offset - start
         if mask is not None and mask.ndim == 4:
             # Layers on a further device are each given a copy of their own: the last one is kept, and known by itself,
@@ -446,10 +450,14 @@ class Engine(Guarded):
             known: Any = now.memo.get(memo)
             if known is None or known[0] is not mask:
                 native = masks.canonical(mask[..., :written])
-                known = now.memo[memo] = (mask, native, plain and masks.is_causal_padding(native, offset, real))
-            _, mask, plain = known
+                shaped = shaped and masks.is_causal_padding(native, offset, real, window)
+                known = now.memo[memo] = (mask, native, shaped)
+            _, mask, shaped = known
+            plain = plain and shaped
         elif plain and offset == 0 and query.shape[2] == written > 1:
             mask = None  # the native kernel is told the padding in two dimensions; `real` has it
+        elif shaped and window is not None:
+            mask = None
         elif mask is not None or (window is not None and written > window):
             memo = ("mask", written, offset, window)
             if memo not in now.memo:
@@ -460,7 +468,9 @@ class Engine(Guarded):
         softcap, sinks = extra.get("softcap"), extra.get("s_aux")
         if site.config._attn_implementation == "sdpa":
             softcap = sinks = None  # older transformers let gemma2 run on a native sdpa that knows neither
-        return Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
+        call = Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
+        call.window = window if shaped and not plain else None
+        return call
 
 
 @outside_graphs

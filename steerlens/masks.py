@@ -20,20 +20,26 @@ def canonical(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask if mask.is_floating_point() and not bool(((mask == 0) | ~visible).all()) else visible
 
 
-def is_causal_padding(mask: torch.Tensor | None, offset: int, real: torch.Tensor | None) -> bool:
-    """Whether a mask hides later keys and pads, and nothing else; never for a few rows, where it would not pay.
+def is_causal_padding(
+    mask: torch.Tensor | None, offset: int, real: torch.Tensor | None, window: int | None = None
+) -> bool:
+    """Whether a mask hides later keys, pads and what lies before a sliding window, and nothing else.
+
+    Never for a few rows, where it would not pay.
 
     Args:
         mask: [B or 1, H or 1, Tq, Tk].
         offset: column of query row 0 minus column of key 0.
         real: real keys, bool [B, Tk]; `None` for all.
+        window: a row sees its own and the `window` - 1 keys before it; `None` for all before it.
     """
     if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] <= FEW_ROWS:
         return False
     keys = torch.arange(mask.shape[3], device=mask.device)
     for start in range(0, mask.shape[2], 256):
         rows = mask[:, 0, start : start + 256]
-        expected = keys <= torch.arange(start, start + rows.shape[1], device=mask.device)[:, None] + offset
+        ahead = torch.arange(start, start + rows.shape[1], device=mask.device)[:, None] + offset - keys
+        expected = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
         if real is not None:
             expected = expected & real[:, None]
         if not bool((rows == expected).all()):

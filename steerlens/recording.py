@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 
 from steerlens import decoder
-from steerlens.backends import reference, sdpa
-from steerlens.backends.call import Call
+from steerlens.backends import fused, reference, sdpa
+from steerlens.backends.call import Call, Cut
 from steerlens.edits import FirstToken, SpanKeys
 from steerlens.engine import Engine
 from steerlens.errors import SpanError, SteeringStateError, nearest
@@ -120,13 +120,18 @@ class Record:
         if not heads:
             return
         length, start = now.keys[layer]
-        edits = reference.resolve(call, sdpa.budget(call))
         groups = self._group_keys(now, length, start)
         first = call.query.shape[2] - 1 if self.rows == "last" else 0
         real = now.real_rows()
         real = torch.ones(call.query.shape[0], now.q_len, dtype=torch.bool) if real is None else real
         real = real.to(call.query.device)
         parts: dict[str, list[torch.Tensor]] = {stat: [] for stat in self.stats if stat in PADDING}
+        cut = any(isinstance(edit, Cut) for edit in call.edits)
+        if self._engine.backend == "triton" and self.rows == "all" and not cut:
+            self._by_kernels(record, parts, call, heads, groups, real, now.columns, start)
+            self._append(record, parts, now)
+            return
+        edits = reference.resolve(call, sdpa.budget(call))
         for block in reference.blocks(call, sdpa.budget(call), len(heads)):
             rows = slice(max(block.start, first), block.stop)
             if rows.start >= rows.stop:
@@ -138,6 +143,28 @@ class Record:
                 parts[stat].append(torch.where(keep, values, PADDING[stat]))
             if "column_mean" in self.stats:
                 self._columns(record, a, call, rows, heads, real, now.columns, start)
+        self._append(record, parts, now)
+
+    def _by_kernels(
+        self,
+        record: LayerRecord,
+        parts: dict[str, list[torch.Tensor]],
+        call: Call,
+        heads: list[int],
+        groups: torch.Tensor,
+        real: torch.Tensor,
+        columns: int,
+        start: int,
+    ) -> None:
+        found = fused.statistics(call, heads, groups, real, self.stats)
+        for stat in parts:
+            values = found[stat] + start if stat == "argmax" else found[stat]
+            keep = real[:, None]
+            parts[stat].append(torch.where(keep[..., None] if values.ndim == 4 else keep, values, PADDING[stat]))
+        if "column_mean" in self.stats:
+            self._sum(record, found["sums"], found["observers"], columns, start)
+
+    def _append(self, record: LayerRecord, parts: dict[str, list[torch.Tensor]], now: Pass) -> None:
         for stat, found in parts.items():
             joined, before = torch.cat(found, 2), getattr(record, stat)
             setattr(record, stat, joined if before is None else torch.cat([before, joined], 2))
@@ -175,9 +202,11 @@ class Record:
         counted = real[:, None, rows, None]
         visible = call.visible(rows)
         seen = (visible if visible.shape[1] == 1 else visible[:, heads]) & counted
-        place = (start, columns - start - a.shape[-1])
-        sums = torch.nn.functional.pad((a * counted).sum(2), place)
-        counts = torch.nn.functional.pad(seen.sum(2).float(), place)
+        self._sum(record, (a * counted).sum(2), seen.sum(2).float(), columns, start)
+
+    def _sum(self, record: LayerRecord, sums: torch.Tensor, counts: torch.Tensor, columns: int, start: int) -> None:
+        place = (start, columns - start - sums.shape[-1])
+        sums, counts = torch.nn.functional.pad(sums, place), torch.nn.functional.pad(counts, place)
         if record._sums is None or record._counts is None:
             record._sums, record._counts = sums, counts
         else:

@@ -1,8 +1,18 @@
-"""Fixtures: small random models and padded prompts."""
+"""Fixtures: small random models and padded prompts; without a GPU, Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import fast_interpreter
 from small_models import build
+
+fast_interpreter.install()
 
 torch.set_num_threads(1)
 

@@ -176,11 +176,10 @@ def generate(model, methods, spans, ids, mask, backend="auto", **options):
         return model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=6,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
-            **options,
+            **{"max_new_tokens": 6, **options},
         )
 
 

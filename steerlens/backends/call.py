@@ -99,6 +99,8 @@ class Call:
         sinks: learned sink logits [H], each a key outside every set with a value of zero; `None` for none.
         memo: what calls of one forward share; a `Bias` or `Cut` that two of them have is the same object.
         first: the model's number of query head 0, other than 0 under tensor parallelism alone.
+        window: a row sees its own and the `window` - 1 keys before it; given where that, causality and `real` are all
+            there is, and `mask` is `None` or says the same.
     """
 
     query: torch.Tensor
@@ -114,6 +116,7 @@ class Call:
     sinks: torch.Tensor | None = None
     memo: dict[Hashable, object] = field(default_factory=dict)
     first: int = 0
+    window: int | None = None
 
     @property
     def groups(self) -> int:
@@ -143,7 +146,8 @@ class Call:
     def _causal(self, rows: slice) -> torch.Tensor:
         device = self.query.device
         queries = torch.arange(self.query.shape[2], device=device)[rows] + self.offset
-        visible = (torch.arange(self.key.shape[2], device=device) <= queries[:, None])[None, None]
+        ahead = (queries[:, None] - torch.arange(self.key.shape[2], device=device))[None, None]
+        visible = ahead >= 0 if self.window is None else (ahead >= 0) & (ahead < self.window)
         return visible if self.real is None else visible & self.real[:, None, None]
 
     def sees_beside(self, keys: torch.Tensor, heads: list[int]) -> torch.Tensor:
@@ -151,7 +155,7 @@ class Call:
         if self.sinks is not None:
             return keys.new_ones(*keys.shape[:2], self.query.shape[2])
         keys = ~keys
-        if self.plain or self.mask is None:
+        if self.plain or (self.mask is None and self.window is None):
             keys = keys if self.real is None else keys & self.real[:, None]
             upto = keys.long().cummax(-1).values.bool()
             rows = torch.arange(self.query.shape[2], device=keys.device) + self.offset

@@ -134,6 +134,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "cpu-budget": {},
         "cpu-d64": {**_RECORD, "head_dims": (64,), "peer_limit": 2048},
         "cpu-d128": {**_RECORD, "head_dims": (128,), "peers": ()},
+        "gpu": {
+            "device": "cuda",
+            "heads": 32,
+            "kv_heads": 8,
+            "head_dims": (128,),
+            "lengths": (4096, 8192, 16384),
+            "backends": ("triton", "sdpa"),
+            "peers": (),
+        },
         "cpu-long": {
             **_RECORD,
             "layers": 2,

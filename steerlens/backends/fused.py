@@ -1,0 +1,278 @@
+"""Steered attention by the Triton kernels: edits become labels of keys, biases of terms and one law.
+
+A static bias is a term. `KeepMass` is a law on the group of its keys where it comes last; where another edit follows it
+is a row-dependent term like any other, its weight found from log-sum-exps inside and outside its keys. Pads are hidden
+keys. Ablations are cuts. Nothing here depends on the number of rows or heads but tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from steerlens.backends.call import Bias, Call, Cut, KeepMass, Sums
+from steerlens.errors import SteerlensError, UnsupportedError
+
+TERMS = (0, 1, 2, 3, 4, 8, 16, 28)
+"""Numbers of terms that kernels are compiled for; the rest is filled up with terms of no key."""
+
+
+def attention(call: Call) -> torch.Tensor:
+    """Steered attention, [B, H, Tq, Dv] in the dtype of `value`.
+
+    Raises:
+        UnsupportedError: on a device or in a dtype that the kernels do not have, beyond their limits, or where
+            gradients are needed.
+    """
+    if call.needs_grad:
+        raise UnsupportedError(
+            "backend 'triton' has no backward, and this call needs gradients: use 'sdpa' or 'reference', or no_grad"
+        )
+    return _supported(lambda: _attention(call))
+
+
+def statistics(
+    call: Call, heads: list[int], groups: torch.Tensor, counted: torch.Tensor, stats: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """Statistics of the weights of `heads` after the edits, as `steerlens.capture` records them.
+
+    Args:
+        call: a call without ablations.
+        heads: query heads, h of them.
+        groups: keys of the groups whose mass is wanted, bool [B, G, Tk].
+        counted: which rows count for column sums, bool [B, Tq].
+        stats: some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`.
+
+    Returns:
+        fp32 `mass` [B, h, Tq, G], `entropy`, `argmax` (int64), `lse` [B, h, Tq]; `sums` and `observers` [B, h, Tk].
+    """
+    return _supported(lambda: _statistics(call, heads, groups, counted, stats))
+
+
+def _supported(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except SteerlensError:
+        raise
+    except ValueError as error:
+        raise UnsupportedError(f"backend 'triton': {error}; or use 'auto', 'sdpa' or 'reference'") from error
+
+
+Terms = list[tuple[torch.Tensor, torch.Tensor]]
+"""Weights, fp32 [B or 1, H, Tq or 1], and keys, bool [B or 1, H or 1, Tk]."""
+
+
+def _attention(call: Call) -> torch.Tensor:
+    from steerlens.kernels.attention import Law
+    from steerlens.kernels.attention import attention as kernel
+
+    cuts = [edit for edit in call.edits if isinstance(edit, Cut)]
+    moves = [edit for edit in call.edits if not isinstance(edit, Cut)]
+    terms: Terms = []
+    law = group = None
+    for number, edit in enumerate(moves):
+        if isinstance(edit, Bias):
+            terms.append((edit.weights, edit.keys[:, None]))
+        elif number < len(moves) - 1:
+            terms.append(_as_term(call, edit, terms))
+        else:
+            keys = edit.find(_summer(call, edit.heads, terms))
+            group = _spread(call, edit.heads, keys)
+            table = _keep_table(tuple(edit.heads), edit.fraction, call.query.shape[1], call.query.device)
+            law = Law("transfer", table, edit.rows)
+    found = kernel(
+        call.query, call.key, call.value, **_seen(call), sinks=call.sinks,
+        **_marked(call, terms, group), law=law, cut=_cut(call, cuts),
+    )  # fmt: skip
+    assert found.output is not None
+    return found.output
+
+
+def _statistics(
+    call: Call, heads: list[int], groups: torch.Tensor, counted: torch.Tensor, stats: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    from steerlens.kernels.attention import attention as kernel
+    from steerlens.kernels.column_sums import column_sums
+
+    terms: Terms = []
+    for edit in call.edits:
+        assert not isinstance(edit, Cut)
+        terms.append((edit.weights, edit.keys[:, None]) if isinstance(edit, Bias) else _as_term(call, edit, terms))
+    found: dict[str, torch.Tensor] = {}
+
+    def measure(wanted: list[str], measured: tuple[torch.Tensor, ...] = ()) -> Any:
+        nothing = torch.zeros(1, call.query.shape[1], 1, device=call.query.device)
+        more = terms + [(nothing, keys[:, None]) for keys in measured]
+        marked = _marked(call, more, keep=not measured)
+        return kernel(
+            call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, heads=_chosen(call, heads),
+            stats=wanted, output=False,
+        )  # fmt: skip
+
+    names = {"lse": "lse_before", "entropy": "entropy", "argmax": "argmax", "mass": "mass"}
+    wanted = [stat for stat in stats if stat in names]
+    # Beyond what fits beside the terms, masses take passes of their own.
+    room = max(TERMS[-1] - len(terms), 1)
+    first, *rest = groups.split(room, 1)
+    if wanted:
+        result = measure([names[stat] for stat in wanted], first.unbind(1) if "mass" in stats else ())
+        found |= {stat: getattr(result, names[stat]) for stat in wanted}
+    if "mass" in stats:
+        masses = [result.mass, *(measure(["mass"], some.unbind(1)).mass for some in rest)]
+        here = [
+            mass[..., len(terms) :][..., :n] for mass, n in zip(masses, map(len, groups[0].split(room)), strict=True)
+        ]
+        found["mass"] = torch.cat(here, -1)
+    if "column_mean" in stats:
+        found["sums"], found["observers"] = column_sums(
+            call.query, call.key, _lse(call, terms, heads), **_seen(call), **_marked(call, terms), counted=counted,
+            heads=_chosen(call, heads),
+        )  # fmt: skip
+    return found
+
+
+def _chosen(call: Call, heads: list[int]) -> torch.Tensor | None:
+    if heads == list(range(call.query.shape[1])):
+        return None
+    return torch.tensor(heads, dtype=torch.int32, device=call.query.device)
+
+
+def _structured(call: Call) -> bool:
+    """Whether rows see what is causal, real and in the window, so that no mask is needed."""
+    return call.plain or call.mask is None or call.window is not None
+
+
+def _seen(call: Call) -> dict[str, Any]:
+    """What rows see, for the kernels; pads are hidden by labels."""
+    return {
+        "scaling": call.scaling,
+        "softcap": call.softcap,
+        "offset": call.offset,
+        "mask": None if _structured(call) else call.mask,
+        "window": call.window if _structured(call) else None,
+    }
+
+
+def _marked(
+    call: Call,
+    terms: Terms,
+    group: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    keep: bool = True,
+) -> dict[str, Any]:
+    """`labels` and `bias` of a kernel call; with `keep`, layers that share edits and visibility share them."""
+    pads = call.real is not None and _structured(call)
+    if not (pads or terms) and group is None and hidden is None:
+        return {}
+    key: Hashable = ("labels", pads, *((id(weights), keys.data_ptr()) for weights, keys in terms))
+    shared = keep and group is None and hidden is None
+    if not shared or key not in call.memo:
+        if pads:
+            assert call.real is not None
+            real = call.real.logical_not()[:, None]
+            hidden = real if hidden is None else hidden | real
+        found = _labels(call, terms, group, hidden)
+        if not shared:
+            return found
+        # with the terms, so that what the key is made of names nothing else
+        call.memo[key] = (list(terms), found)
+    return call.memo[key][1]  # type: ignore[index, no-any-return]
+
+
+def _labels(call: Call, terms: Terms, group: torch.Tensor | None, hidden: torch.Tensor | None) -> dict[str, Any]:
+    from steerlens.kernels.key_index import Labels
+
+    count = next((n for n in TERMS if n >= len(terms)), None)
+    if count is None:
+        raise ValueError(f"{len(terms)} static biases meet in one layer; allowed: up to {TERMS[-1]}")
+    keys = [keys for _, keys in terms]
+    bias = None
+    if terms:
+        keys += [keys[0].new_zeros(1, 1, keys[0].shape[-1])] * (count - len(terms))
+        rows = 1 if all(weights.shape[-1] == 1 for weights, _ in terms) else call.query.shape[2]
+        batch = max(weights.shape[0] for weights, _ in terms)
+        bias = torch.zeros(batch, call.query.shape[1], rows, count, device=call.query.device)
+        for place, (weights, _) in enumerate(terms):
+            bias[..., place] = weights
+    return {"labels": Labels.of(group=group, hidden=hidden, terms=keys), "bias": bias}
+
+
+def _lse(call: Call, terms: Terms, heads: list[int], hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-sum-exp of the logits of `heads` with terms, without `hidden` keys [B, H, Tk]; fp32 [B, h, Tq]."""
+    from steerlens.kernels.attention import attention as kernel
+
+    found = kernel(
+        call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **_marked(call, terms, hidden=hidden),
+        heads=_chosen(call, heads), stats=("lse",), output=False,
+    )  # fmt: skip
+    assert found.lse is not None
+    return found.lse
+
+
+def _summer(call: Call, heads: list[int], terms: Terms) -> Sums:
+    @torch.no_grad()
+    def sums(counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from steerlens.kernels.column_sums import column_sums
+
+        return column_sums(
+            call.query, call.key, _lse(call, terms, heads), **_seen(call), **_marked(call, terms), counted=counted,
+            heads=_chosen(call, heads),
+        )  # fmt: skip
+
+    return sums
+
+
+def _as_term(call: Call, edit: KeepMass, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """The law as a row-dependent bias log w = log β + log(1-ψ) - log(1-βψ), for edits that follow."""
+    keys = edit.find(_summer(call, edit.heads, terms))
+    spread = _spread(call, edit.heads, keys)
+    inside = _lse(call, terms, edit.heads)
+    outside = _lse(call, terms, edit.heads, hidden=spread)
+    beta = edit.fraction
+    log_rest = (outside - inside).clamp(max=0)
+    change = log_rest - torch.log1p(-beta + beta * log_rest.exp()) + (math.log(beta) if beta > 0 else -torch.inf)
+    applies = outside > -torch.inf
+    if edit.rows is not None:
+        applies = applies & edit.rows[:, None]
+    change = torch.where(applies, change, 0)
+    weights = change.new_zeros(change.shape[0], call.query.shape[1], change.shape[2])
+    return weights.index_copy(1, torch.tensor(edit.heads, device=change.device), change), spread
+
+
+def _spread(call: Call, heads: list[int], keys: torch.Tensor) -> torch.Tensor:
+    """`keys` [B, h, Tk] of some heads as a table of all, [B, H, Tk]."""
+    if heads == list(range(call.query.shape[1])):
+        return keys
+    table = keys.new_zeros(keys.shape[0], call.query.shape[1], keys.shape[2])
+    return table.index_copy(1, torch.tensor(heads, device=keys.device), keys)
+
+
+@lru_cache(maxsize=256)
+def _keep_table(heads: tuple[int, ...], fraction: float, total: int, device: torch.device) -> torch.Tensor:
+    """ψ' = βψ on group 1 of `heads`, the identity for the others, fp32 [1, H, 2, 2]."""
+    from steerlens.kernels.attention import Law
+
+    with torch.inference_mode(False):  # it outlives the forward
+        beta = torch.ones(1, total)
+        beta[:, list(heads)] = fraction
+        table = Law.keep(beta).table
+        assert table is not None
+        return table.to(device)
+
+
+def _cut(call: Call, cuts: list[Cut]) -> torch.Tensor | None:
+    from steerlens.kernels.attention import UNIFORM, ZERO
+
+    if not cuts:
+        return None
+    key: Hashable = ("cut", *(id(cut.outputs) for cut in cuts))
+    if key not in call.memo:
+        total = torch.zeros((), dtype=torch.int8, device=call.query.device)
+        for cut in cuts:
+            total = total + cut.outputs.to(torch.int8) * (UNIFORM if cut.uniform else ZERO)
+        call.memo[key] = (cuts, total)
+    return call.memo[key][1]  # type: ignore[index, no-any-return]

@@ -1,0 +1,184 @@
+"""Backend `triton` in models: what the reference gives, call by call and cached; its captures; what it refuses."""
+
+import pytest
+import torch
+from small_models import build
+from test_invariants import CORE, METHODS, apart, generate, logits, method_of, native_of
+
+import steerlens
+from steerlens import backends
+from steerlens.backends import fused
+from steerlens.errors import UnsupportedError
+from steerlens.methods import ACT, PASTA, HeadMask, PerRow, ZeroTuning
+from steerlens.recording import STATS
+
+LENGTHS = (18, 11)
+SPANS = {
+    None: [[(5, 8)], [(4, 6), (9, 10)]],
+    "left": [[(5, 8)], [(10, 12), (15, 16)]],
+    "right": [[(5, 8)], [(4, 6), (8, 9)]],
+}
+QUICK = {("llama-gqa", name) for name in METHODS} | {(family, "composed") for family in CORE}
+GRID = [
+    pytest.param(
+        family,
+        native,
+        name,
+        id=f"{family}-{native}-{name}",
+        marks=() if (family, name) in QUICK and native == native_of(family) else pytest.mark.full,
+    )
+    for family in CORE
+    for native in ("sdpa", "eager")
+    for name in METHODS
+    if native == "eager" or native_of(family) == "sdpa"
+]
+
+
+def one_each(backend, *args, **options):
+    return [logits(*args, backend=b, **options) for b in (backend, "reference")]
+
+
+@pytest.mark.parametrize(("family", "native", "name"), GRID)
+def test_generate_agrees_with_the_reference(family, native, name, model_of, prompts):
+    """Left-padded prefill through one kernel, cached steps through the other."""
+    model, (ids, mask), method = model_of(family, native), prompts("left", LENGTHS), method_of(name, family)
+    one, two = (
+        generate(model, method, SPANS["left"], ids, mask, backend=b, max_new_tokens=3) for b in ("triton", "reference")
+    )
+    plain = generate(model, (), None, ids, mask, max_new_tokens=3)
+    assert torch.equal(one.sequences, two.sequences)
+    assert apart(torch.stack(one.logits), torch.stack(two.logits)) < 1e-5
+    assert apart(torch.stack(one.logits), torch.stack(plain.logits)) > 1e-3
+
+
+@pytest.mark.parametrize("side", [None, "right"])
+@pytest.mark.parametrize("name", ["act", "composed"])
+def test_prefill_agrees_with_the_reference(side, name, model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts(side, LENGTHS)
+    got, expected = one_each("triton", model, ids, mask, METHODS[name], SPANS[side])
+    assert apart(got, expected, mask) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["act-running", "composed"])
+def test_a_static_cache_has_unwritten_slots(name, model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+    method = METHODS.get(name, ACT(0.3, 0.08, decode="running"))
+    options = {"max_new_tokens": 2, "backend": "triton"}
+    plain = generate(model, method, SPANS["left"], ids, mask, **options)
+    static = generate(model, method, SPANS["left"], ids, mask, cache_implementation="static", **options)
+    assert apart(torch.stack(static.logits), torch.stack(plain.logits)) < 1e-5
+
+
+def test_beams_and_rows_of_their_own(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+    rows = PerRow([ZeroTuning(4.0), PASTA(0.05, heads={1: [2]})])
+    found = [
+        generate(model, rows, SPANS["left"], ids, mask, num_beams=2, max_new_tokens=2, backend=b).sequences
+        for b in ("triton", "reference")
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "bias"])
+def test_a_users_own_4d_mask(kind, model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts(None, (18, 18))
+    visible = torch.ones(18, 18, dtype=torch.bool).tril().expand(2, 1, 18, 18).clone()
+    visible[:, :, 8:, 5] = False
+    mask = visible if kind == "bool" else torch.zeros(visible.shape).masked_fill(~visible, -1e9)
+    if kind == "bias":
+        mask[..., 3] += 0.7
+    method = [ACT(0.3, 0.08), ZeroTuning(2.0), HeadMask({0: [1]})]
+    got, expected = one_each("triton", model, ids, mask, method)
+    assert apart(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_go_to_the_kernel_by_their_width(family, model_of, prompts, monkeypatch):
+    """No T×T mask is walked: layers with a window of 12 call the kernel with it, whatever mask the model made."""
+    seen = []
+    original = fused._seen
+    monkeypatch.setattr(fused, "_seen", lambda call: seen.append(original(call)) or seen[-1])
+    model, (ids, mask) = model_of(family, native_of(family)), prompts("left", (20, 17))
+    got, expected = one_each("triton", model, ids, mask, ZeroTuning(3.0))
+    assert apart(got, expected, mask) < 1e-5
+    assert 12 in {call["window"] for call in seen} and {call["mask"] for call in seen} == {None}
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt_oss"])
+@pytest.mark.parametrize(
+    "method", [(), [PASTA(0.1), ACT(0.2, 0.08)], HeadMask({1: [2]})], ids=["none", "moved", "ablated"]
+)
+def test_captures_agree_with_the_reference(side, family, method, model_of, prompts):
+    model, (ids, mask) = model_of(family, native_of(family)), prompts(side, LENGTHS)
+    found = []
+    for backend in ("triton", "reference"):
+        # a neutral edit of one head, so that there is a context that names the backend
+        methods = [
+            ZeroTuning(1 + 1e-7, heads={0: [0]}),
+            *(method if isinstance(method, list) else [method] * bool(method)),
+        ]
+        steered = steerlens.steer(model, methods, SPANS[side], backend=backend)
+        with torch.no_grad(), steered, steerlens.capture(model, SPANS[side], heads={0: [0, 3, 5], 1: "*"}) as record:
+            model(input_ids=ids, attention_mask=mask)
+        found.append(record)
+    for layer in found[0].layers:
+        for stat in STATS:
+            got, expected = (getattr(record[layer], stat) for record in found)
+            assert torch.equal(got.isnan(), expected.isnan()), stat
+            close = torch.where(got.isnan(), 0, got - expected).abs().max()
+            assert close <= 1e-5 * expected.nan_to_num().abs().max(), (layer, stat)
+
+
+def test_many_span_groups_take_several_passes(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts(None, (18, 18))
+    spans = {f"document {i}": [[(i % 15, i % 15 + 2)]] * 2 for i in range(30)}
+    found = []
+    for backend in ("triton", "reference"):
+        steered = steerlens.steer(model, ZeroTuning(2.0, heads={0: [0]}), backend=backend)
+        recording = steerlens.capture(model, spans, stats=("mass",), heads={0: [0, 1]})
+        with torch.no_grad(), steered, recording as record:
+            model(input_ids=ids, attention_mask=mask)
+        found.append(record[0].mass)
+    assert found[0].shape == (2, 2, 18, 30) and apart(*found) < 1e-5
+
+
+class TestRefusals:
+    def test_gradients(self, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
+        with (
+            pytest.raises(UnsupportedError, match="no backward"),
+            steerlens.steer(model, ZeroTuning(2), backend="triton"),
+        ):
+            model(ids, attention_mask=mask)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_dtypes(self, dtype, prompts):
+        ids, mask = prompts(None, LENGTHS)
+        with pytest.raises(UnsupportedError, match=r"dtype of query is torch\..*allowed"):
+            logits(build("llama-gqa", "sdpa").to(dtype), ids, mask, ZeroTuning(2), backend="triton")
+
+    def test_too_many_biases(self, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
+        with pytest.raises(UnsupportedError, match="29 static biases"):
+            logits(model, ids, mask, [ZeroTuning(2)] * 29, backend="triton")
+
+    def test_a_device_without_kernels(self, model_of, prompts, monkeypatch):
+        from steerlens.kernels import _launch
+
+        monkeypatch.setattr(_launch, "interpreted", lambda: False)
+        model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
+        with pytest.raises(UnsupportedError, match="device of query is cpu; allowed: cuda"):
+            logits(model, ids, mask, ZeroTuning(2), backend="triton")
+
+    def test_triton_that_is_not_installed(self, monkeypatch):
+        monkeypatch.setattr(backends, "find_spec", lambda name: None)
+        with pytest.raises(UnsupportedError, match="steerlens\\[gpu\\]"):
+            backends.check("triton")
+
+
+def test_auto_takes_sdpa(model_of, prompts, monkeypatch):
+    """Until a record shows triton to be faster."""
+    monkeypatch.setattr(fused, "attention", None)
+    model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
+    logits(model, ids, mask, ZeroTuning(2))
