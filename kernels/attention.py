@@ -244,7 +244,9 @@ def _attention(
     }  # fmt: skip
     (D1, D2), (V1, V2) = widths(D), widths(DV)
     like = query
-    outputs = (or_one(out, like), lse, lse_before, entropy, top, argmax, mass)
+    # The law "raw" leaves the log-sum-exp without terms wherever the other is wanted.
+    before_terms = torch.empty_like(lse) if law == 4 and not want[1] else lse_before
+    outputs = (or_one(out, like), lse, before_terms, entropy, top, argmax, mass)
     os = out.stride()[:3] if output else (0, 0, 0)
     shared = {
         "DV": DV, "V1": V1, "V2": V2, "GROUPS": groups, "TERMS": terms, "LAW": law, "ROWS": rows is not None,
