@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from steerlens.kernels._tiles import dots
 from triton.runtime.interpreter import InterpretedFunction
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BOOLS = (torch.bool, torch.uint8)
 MAX_DIM = 256
 MAX_GROUPS, MAX_TERMS = 4, 28
 HIDDEN, FIRST_TERM = 4, 3
@@ -66,8 +68,48 @@ def check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         refuse("number of rows or keys", (query.shape[2], key.shape[2]), "at least 1")
 
 
-def check_table(name: str, table: torch.Tensor, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise unless every axis of a table is of its size or 1, and its dtype one of these; `-1` is any size."""
+def check_edits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    terms: int,
+    heads: torch.Tensor | None,
+) -> None:
+    """Raise unless what changes the logits of `query` and `key`, already checked, fits them."""
+    (B, H, Tq, _), Tk, device = query.shape, key.shape[2], query.device
+    if not scaling > 0 or not math.isfinite(scaling):
+        refuse("scaling", scaling, "a finite number > 0")
+    if window is not None and window < 1:
+        refuse("window", window, "at least 1")
+    if softcap is not None and not softcap > 0:
+        refuse("softcap", softcap, "> 0, or None")
+    if bits is not None:
+        check_table("labels", bits, (B, H, Tk), (torch.uint8, torch.int32), device)
+        if bits.shape[2] != Tk:
+            refuse("number of labels", bits.shape[2], f"{Tk}, one for each key")
+    if mask is not None:
+        check_table("mask", mask, (B, H, Tq, Tk), (torch.bool, *DTYPES), device)
+        if mask.shape[2:] != (Tq, Tk):
+            refuse("shape of mask", tuple(mask.shape), f"[B or 1, H or 1, {Tq}, {Tk}]")
+        if window is not None:
+            refuse("window beside a mask", window, "None: the mask says what is seen")
+    if bias is not None:
+        check_table("bias", bias, (B, H, Tq, -1), (torch.float32,), device)
+        if bias.shape[3] != terms:
+            refuse("number of biases", bias.shape[3], f"{terms}, one for each term of the labels")
+    if heads is not None:
+        check_table("heads", heads, (-1,), (torch.int32, torch.int64), device)
+
+
+def check_table(
+    name: str, table: torch.Tensor, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raise unless a table is on this device, every axis of its size or 1, and its dtype one of these; -1: any size."""
     fits = table.ndim == len(sizes) and all(
         n in (1, size) or size == -1 for n, size in zip(table.shape, sizes, strict=False)
     )
@@ -75,6 +117,8 @@ def check_table(name: str, table: torch.Tensor, sizes: tuple[int, ...], dtypes: 
         refuse(f"shape of {name}", tuple(table.shape), f"{list(sizes)}, or 1 on an axis")
     if table.dtype not in dtypes:
         refuse(f"dtype of {name}", table.dtype, ", ".join(map(str, dtypes)))
+    if table.device != device:
+        refuse(f"device of {name}", table.device, f"{device}, as query")
 
 
 def inner(tensor: torch.Tensor) -> torch.Tensor:

@@ -219,10 +219,12 @@ def with_sink(
     """The state with a learned sink's logit [R] in its sum, and how much of the sum [R] is of keys."""
     b_m, b_l, b_acc1, b_acc2, b_raw, b_ent, b_top, b_pos, b_mass = state
     b_new = tl.maximum(b_m, b_sink)
-    b_alpha = tl.exp2(b_m - b_new)
-    b_extra = tl.exp2(b_sink - b_new)
+    # a sink of -inf beside no keys
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_alpha = tl.exp2(b_m - b_shift)
+    b_extra = tl.exp2(b_sink - b_shift)
     if ENT:
-        b_ent = b_alpha * (b_ent + tl.where(b_l > 0, (b_m - b_new) * b_l, 0.0))
+        b_ent = b_alpha * (b_ent + tl.where(b_l > 0, (b_m - b_shift) * b_l, 0.0))
     b_keys = b_l * b_alpha
     b_l = b_keys + b_extra
     if RAW:

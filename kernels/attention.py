@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,10 @@ import torch
 import triton
 from steerlens.kernels import _configs
 from steerlens.kernels._launch import (
+    BOOLS,
+    DTYPES,
     check_attention,
+    check_edits,
     check_table,
     inner,
     or_one,
@@ -32,7 +34,6 @@ UNIFORM, ZERO = 1, 2
 DECODE_ROWS = 64
 """Up to so many packed rows of a key/value head take the decode kernel."""
 MAX_SPLITS = 64
-_BOOLS = (torch.bool, torch.uint8)
 
 
 @dataclass
@@ -132,38 +133,20 @@ def attention(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         raise RuntimeError("the Triton kernels have no backward: call them without gradients, or use 'sdpa'")
     scaling = D**-0.5 if scaling is None else scaling
-    if not scaling > 0 or not math.isfinite(scaling):
-        refuse("scaling", scaling, "a finite number > 0")
-    if window is not None and window < 1:
-        refuse("window", window, "at least 1")
-    if softcap is not None and not softcap > 0:
-        refuse("softcap", softcap, "> 0, or None")
     for stat in stats:
         if stat not in STATS:
             refuse("stat", repr(stat), ", ".join(STATS))
     groups, terms = (labels.groups, labels.terms) if labels is not None else (1, 0)
-    if labels is not None:
-        check_table("labels", labels.bits, (B, H, Tk), (torch.uint8, torch.int32))
-        if labels.bits.shape[2] != Tk:
-            refuse("number of labels", labels.bits.shape[2], f"{Tk}, one for each key")
-    if mask is not None:
-        kinds = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
-        check_table("mask", mask, (B, H, Tq, Tk), kinds)
-        if mask.shape[2:] != (Tq, Tk):
-            refuse("shape of mask", tuple(mask.shape), f"[B or 1, H or 1, {Tq}, {Tk}]")
-        if window is not None:
-            refuse("window beside a mask", window, "None: the mask says what is seen")
-    if sinks is not None and sinks.shape != (H,):
-        refuse("shape of sinks", tuple(sinks.shape), f"[{H}]")
+    check_edits(query, key, scaling, window, softcap, mask, labels and labels.bits, bias, terms, heads)
+    if sinks is not None:
+        check_table("sinks", sinks, (H,), DTYPES, query.device)
+        if sinks.shape[0] != H:
+            refuse("shape of sinks", tuple(sinks.shape), f"[{H}]")
     if bias is None and terms and "mass" not in stats:
         refuse("bias", None, f"a table for the {terms} terms of the labels")
-    if bias is not None:
-        check_table("bias", bias, (B, H, Tq, -1), (torch.float32,))
-        if bias.shape[3] != terms:
-            refuse("number of biases", bias.shape[3], f"{terms}, one for each term of the labels")
     if cut is not None:
-        check_table("cut", cut, (B, H, Tq), (torch.int8,))
-    kind, table, rows = _law(law, groups, terms, B, H, Tq)
+        check_table("cut", cut, (B, H, Tq), (torch.int8,), query.device)
+    kind, table, rows = _law(law, groups, terms, B, H, Tq, query.device)
     if "lse_before" in stats and groups > 1 and terms:
         refuse("stat 'lse_before' with groups", groups, "one group, or no terms")
     if not output and not stats:
@@ -175,19 +158,20 @@ def attention(
     if labels is not None and not decoding:
         found = labels.index(_configs.prefill(max(D, value.shape[3]), query.dtype, groups).keys)
         index = (found.before, found.tiles, found.keys)
-    flags = sum(1 << STATS.index(stat) for stat in set(stats))
+    computed = {"lse" if stat == "lse_before" and not terms else stat for stat in stats}
+    flags = sum(1 << STATS.index(stat) for stat in computed)
     parts = torch.ops.steerlens.attention(
         query, key, value, None if labels is None else labels.bits, *(index or (None,) * 3), bias, table, rows, mask,
         sinks, cut, None if decoding else heads, kind, groups, terms, float(scaling), float(softcap or 0), offset,
         window or 0, flags, output,
     )  # fmt: skip
     if decoding and heads is not None:
-        parts = [part.index_select(1, heads) if part.ndim > 1 else part for part in parts]
+        parts = [part.index_select(1, heads) if part.numel() else part for part in parts]
     out, lse, before, entropy, top, argmax, mass = parts
     return Result(
         out if output else None,
         lse if "lse" in stats else None,
-        before if "lse_before" in stats else None,
+        (before if terms else lse) if "lse_before" in stats else None,
         entropy if "entropy" in stats else None,
         argmax.long() if "argmax" in stats else None,
         top if "argmax" in stats else None,
@@ -201,7 +185,7 @@ def is_decode(heads_per_kv: int, rows: int) -> bool:
 
 
 def _law(
-    law: Law | None, groups: int, terms: int, B: int, H: int, Tq: int
+    law: Law | None, groups: int, terms: int, B: int, H: int, Tq: int, device: torch.device
 ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
     if law is None:
         if groups > 1:
@@ -218,11 +202,11 @@ def _law(
     if law.table is None:
         refuse("table of the law", None, "fp32 parameters")
     sizes = (B, H, groups, groups) if law.kind == "transfer" else (B, H)
-    check_table(f"table of the law {law.kind!r}", law.table, sizes, (torch.float32,))
+    check_table(f"table of the law {law.kind!r}", law.table, sizes, (torch.float32,), device)
     if law.kind == "transfer" and law.table.shape[2:] != (groups, groups):
         refuse("table of the law 'transfer'", tuple(law.table.shape), f"[B or 1, H or 1, {groups}, {groups}]")
     if law.rows is not None:
-        check_table("rows of the law", law.rows, (B, Tq), _BOOLS)
+        check_table("rows of the law", law.rows, (B, Tq), BOOLS, device)
     return LAWS.index(law.kind), law.table.contiguous(), law.rows
 
 
@@ -250,6 +234,8 @@ def _attention(
     if kind == 1:
         mask = mask.view(torch.uint8)
     rows = None if rows is None else inner(rows.view(torch.uint8))
+    sinks = None if sinks is None else sinks.contiguous()
+    heads = None if heads is None else heads.contiguous()
     bits = None if bits is None else inner(bits)
     want = [bool(stats >> i & 1) for i in range(5)]
     flags = {
@@ -258,7 +244,9 @@ def _attention(
     }  # fmt: skip
     (D1, D2), (V1, V2) = widths(D), widths(DV)
     like = query
-    outputs = (or_one(out, like), lse, lse_before, entropy, top, argmax, mass)
+    # The law "raw" leaves the log-sum-exp without terms wherever the other is wanted.
+    before_terms = torch.empty_like(lse) if law == 4 and not want[1] else lse_before
+    outputs = (or_one(out, like), lse, before_terms, entropy, top, argmax, mass)
     os = out.stride()[:3] if output else (0, 0, 0)
     shared = {
         "DV": DV, "V1": V1, "V2": V2, "GROUPS": groups, "TERMS": terms, "LAW": law, "ROWS": rows is not None,

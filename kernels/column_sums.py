@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from steerlens.kernels import _configs
 from steerlens.kernels._launch import (
+    BOOLS,
     check_attention,
+    check_edits,
     check_table,
     inner,
     or_one,
@@ -104,7 +106,8 @@ def column_sums_kernel(
         b_lse = tl.load(p_lse + o_r, mask=m_r, other=0.0) * LOG2E
         m_seen = b_before > float("-inf")
         b_seen += tl.sum(tl.where(m_seen, 1, 0), 0)
-        b_sums += tl.sum(tl.where(m_seen, tl.exp2(b_s - b_lse[:, None]), 0.0), 0)
+        # a bias of -inf gates a key that the row sees
+        b_sums += tl.sum(tl.where(b_s > float("-inf"), tl.exp2(b_s - b_lse[:, None]), 0.0), 0)
     o_at = (i_b * h + i_place) * Tk + o_n
     tl.store(p_sums + o_at, b_sums, mask=m_n)
     tl.store(p_observers + o_at, b_seen.to(tl.float32), mask=m_n)
@@ -150,21 +153,16 @@ def column_sums(
     if lse.shape != (B, h, Tq) or lse.dtype != torch.float32:
         refuse("lse", f"{lse.dtype} {tuple(lse.shape)}", f"float32 [{B}, {h}, {Tq}]")
     Tk = key.shape[2]
-    terms = 0
-    if labels is not None:
-        check_table("labels", labels.bits, (B, H, Tk), (torch.uint8, torch.int32))
-        terms = labels.terms if bias is not None else 0
-    if bias is not None:
-        check_table("bias", bias, (B, H, Tq, -1), (torch.float32,))
-        if bias.shape[3] != terms:
-            refuse("number of biases", bias.shape[3], f"{terms}, one for each term of the labels")
+    terms = labels.terms if labels is not None and bias is not None else 0
+    scaling = D**-0.5 if scaling is None else scaling
+    check_edits(query, key, scaling, window, softcap, mask, labels and labels.bits, bias, terms, heads)
+    if lse.device != query.device:
+        refuse("device of lse", lse.device, f"{query.device}, as query")
     if counted is not None:
-        check_table("counted rows", counted, (B, Tq), (torch.bool, torch.uint8))
-    if mask is not None and mask.shape[2:] != (Tq, Tk):
-        refuse("shape of mask", tuple(mask.shape), f"[B or 1, H or 1, {Tq}, {Tk}]")
+        check_table("counted rows", counted, (B, Tq), BOOLS, query.device)
     sums, observers = torch.ops.steerlens.column_sums(
         query, key, lse.contiguous(), None if labels is None else labels.bits, bias, mask, counted, heads, terms,
-        float(D**-0.5 if scaling is None else scaling), float(softcap or 0), Tk - Tq if offset is None else offset,
+        float(scaling), float(softcap or 0), Tk - Tq if offset is None else offset,
         window or 0,
     )  # fmt: skip
     return sums, observers
@@ -187,6 +185,7 @@ def _column_sums(
     mask = None if mask is None else inner(mask)
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     mask = mask.view(torch.uint8) if mask is not None and kind == 1 else mask
+    heads = None if heads is None else heads.contiguous()
     counted = None if counted is None else inner(counted.view(torch.uint8))
     bits = None if bits is None else inner(bits)
     (D1, D2), config = widths(D), _configs.columns(D, query.dtype)

@@ -48,7 +48,8 @@ def attention(
         mean = seen.to(dtype) / seen.sum(-1, keepdim=True).clamp(min=1)
         uniform = mean @ value.repeat_interleave(H // value.shape[1], 1).to(dtype)
         output = torch.where((cut == UNIFORM)[..., None], uniform, torch.where((cut == 0)[..., None], output, 0))
-    argmax = torch.where(seen.any(-1), weights.argmax(-1), -1)
+    heard = x > -torch.inf
+    argmax = torch.where(heard.any(-1), weights.masked_fill(~heard, -1).argmax(-1), -1)
     top = x.gather(-1, argmax.clamp(min=0)[..., None])[..., 0]
     mass = torch.stack([(weights * t).sum(-1) for t in terms], -1) if terms else weights.new_zeros(B, H, Tq, 0)
     return Result(output, lse, before, torch.special.entr(weights).sum(-1), argmax, top, mass), weights

@@ -141,6 +141,11 @@ def fill_kernel(p_bits, p_before, p_tiles, p_keys, s_b, s_h, H, T, Tk, GROUPS: t
 
 def index(bits: torch.Tensor, groups: int, block: int) -> Index:
     """The index of `bits` [B', H', Tk] for tiles of `block` keys."""
+    return Index(*torch.ops.steerlens.key_index(bits, groups, block))
+
+
+@torch.library.custom_op("steerlens::key_index", mutates_args=())
+def _key_index(bits: torch.Tensor, groups: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, H, Tk = bits.shape
     T = triton.cdiv(Tk, block)
     bits = bits if bits.stride(2) == 1 else bits.contiguous()
@@ -148,7 +153,20 @@ def index(bits: torch.Tensor, groups: int, block: int) -> Index:
     strides = (bits.stride(0), bits.stride(1))
     count_kernel[(T, H, B)](bits, count, *strides, H, T, Tk, groups, block, num_warps=1)
     before = torch.nn.functional.pad(count.cumsum(-1, dtype=torch.int32), (1, 0))
+    tiles, keys = _lists(bits, groups, T)
+    fill_kernel[(T, H, B)](bits, before, tiles, keys, *strides, H, T, Tk, groups, block, num_warps=1)
+    return before, tiles, keys
+
+
+@_key_index.register_fake
+def _fake(bits: torch.Tensor, groups: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    B, H, Tk = bits.shape
+    T = (Tk + block - 1) // block
+    return bits.new_empty((B, H, 1 + groups, T + 1), dtype=torch.int32), *_lists(bits, groups, T)
+
+
+def _lists(bits: torch.Tensor, groups: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    B, H, Tk = bits.shape
     tiles = torch.empty(B, H, 2, T, dtype=torch.int32, device=bits.device)
     keys = torch.empty((B, H, groups - 1, Tk) if groups > 1 else (1, 1, 1, 1), dtype=torch.int32, device=bits.device)
-    fill_kernel[(T, H, B)](bits, before, tiles, keys, *strides, H, T, Tk, groups, block, num_warps=1)
-    return Index(before, tiles, keys)
+    return tiles, keys

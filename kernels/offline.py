@@ -52,7 +52,8 @@ class _Absent:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device: one device for each architecture
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
