@@ -25,7 +25,7 @@ from steerlens.kernels._launch import (
     steps,
     widths,
 )
-from steerlens.kernels._tiles import LOG2E, capped, dots, load_rows, seen_logits
+from steerlens.kernels._tiles import HIDDEN, LOG2E, capped, dots, load_rows, seen_logits
 from steerlens.kernels.key_index import Labels
 
 
@@ -96,15 +96,16 @@ def column_sums_kernel(
             m_r = m_r & (tl.load(p_counted + i_b * s_ab + o_r, mask=m_r, other=0) != 0)
         o_64 = o_r.to(tl.int64)
         b_q1, b_q2 = load_rows(p_q + o_64 * s_qr, m_r, D, D1, D2, False)
-        b_s, b_before, _ = seen_logits(
-            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_r, m_n, p_label, p_bias + o_64 * s_ur, s_ut,
-            p_mask + o_64 * s_mr, scale, softcap, window,
-            D2, LABELS, False, TERMS, MASK, WINDOW, SOFTCAP, PRECISION,
+        o_last = tl.minimum(o_r, Tq - 1).to(tl.int64)
+        b_s, b_by, _, m_seen, _ = seen_logits(
+            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_n, p_label, p_bias + o_last * s_ur, s_ut,
+            p_mask + o_last * s_mr, scale, softcap, window,
+            D2, LABELS, HIDDEN, False, TERMS, MASK, WINDOW, SOFTCAP, False, PRECISION,
         )  # fmt: skip
         b_lse = tl.load(p_lse + o_r, mask=m_r, other=0.0) * LOG2E
-        m_seen = b_before > float("-inf")
+        m_seen = m_seen & m_r[:, None]
         b_seen += tl.sum(tl.where(m_seen, 1, 0), 0)
-        b_sums += tl.sum(tl.where(m_seen, tl.exp2(b_s - b_lse[:, None]), 0.0), 0)
+        b_sums += tl.sum(tl.where(m_seen, tl.exp2(b_s * b_by - b_lse[:, None]), 0.0), 0)
     o_at = (i_b * h + i_place) * Tk + o_n
     tl.store(p_sums + o_at, b_sums, mask=m_n)
     tl.store(p_observers + o_at, b_seen.to(tl.float32), mask=m_n)

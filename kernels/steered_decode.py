@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from steerlens.kernels._tiles import (
+    HIDDEN,
     LOG2E,
     NOWHERE,
     accumulate,
@@ -63,8 +64,9 @@ def steered_decode_kernel(
     i_split = tl.program_id(0).to(tl.int64)
     i_kv = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
-    o_p = tl.arange(0, R)
-    m_r = o_p < heads_per_kv * Tq
+    m_r = tl.arange(0, R) < heads_per_kv * Tq
+    # rows past the last are computed as the last, and not written
+    o_p = tl.minimum(tl.arange(0, R), heads_per_kv * Tq - 1)
     o_h, o_r = i_kv * heads_per_kv + o_p // Tq, o_p % Tq
     o_row = (i_b * H + o_h) * Tq + o_r
 
@@ -88,33 +90,34 @@ def steered_decode_kernel(
     state0 = fresh(R, V1, V2, RAW, ENT, ARG, MASSES, OUT)
     state1, state2, state3 = state0, state0, state0
     for i in range(i_from, i_to, N):
-        o_n = i + tl.arange(0, N)
+        o_at = tl.arange(0, N)
+        o_n = i + o_at
         m_n = o_n < i_to
         b_k1, b_k2 = load_rows(p_k + o_n.to(tl.int64) * s_kn, m_n, D, D1, D2, False)
-        b_s, b_before, b_label = seen_logits(
-            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_r, m_n, p_label, p_bias_r, s_ut, p_mask_r,
-            scale, softcap, window, D2, LABELS, PER_HEAD, TERMS, MASK, WINDOW, SOFTCAP, PRECISION,
+        b_s, b_by, b_before, _, b_label = seen_logits(
+            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_n, p_label, p_bias_r, s_ut, p_mask_r, scale, softcap, window,
+            D2, LABELS, HIDDEN, PER_HEAD, TERMS, MASK, WINDOW, SOFTCAP, RAW, PRECISION,
         )  # fmt: skip
         b_v1, b_v2 = 0.0, 0.0
         if OUT:
             b_v1, b_v2 = load_rows(p_v + o_n.to(tl.int64) * s_vn, m_n, DV, V1, V2, False)
         state0 = accumulate(
-            state0, in_group(b_s, b_label, 0, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+            state0, in_group(b_s, b_label, 0, LABELS), b_by, b_before, b_label, i, o_at[None, :], b_v1, b_v2,
             True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
         )  # fmt: skip
         if GROUPS > 1:
             state1 = accumulate(
-                state1, in_group(b_s, b_label, 1, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+                state1, in_group(b_s, b_label, 1, LABELS), b_by, b_before, b_label, i, o_at[None, :], b_v1, b_v2,
                 True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
             )  # fmt: skip
         if GROUPS > 2:
             state2 = accumulate(
-                state2, in_group(b_s, b_label, 2, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+                state2, in_group(b_s, b_label, 2, LABELS), b_by, b_before, b_label, i, o_at[None, :], b_v1, b_v2,
                 True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
             )  # fmt: skip
         if GROUPS > 3:
             state3 = accumulate(
-                state3, in_group(b_s, b_label, 3, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+                state3, in_group(b_s, b_label, 3, LABELS), b_by, b_before, b_label, i, o_at[None, :], b_v1, b_v2,
                 True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
             )  # fmt: skip
     leave(

@@ -19,13 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from steerlens.kernels._tiles import (
+    GROUP_BITS,
+    HIDDEN,
     LOG2E,
     accumulate,
     capped,
     dots,
     finish,
     fresh,
-    in_group,
     load_rows,
     seen_logits,
     store_rows,
@@ -35,27 +36,25 @@ from steerlens.kernels._tiles import (
 
 @triton.jit
 def edited_tile(
-    state, rows, kv, given, o_n, m_n, group: tl.constexpr,
+    state, rows, p_kn, p_vn, given, i_n, o_n, m_n,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    LABELS: tl.constexpr, TERMS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    RAW: tl.constexpr, ENT: tl.constexpr, ARG: tl.constexpr, MASSES: tl.constexpr, OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LABELS: tl.constexpr, BARRED: tl.constexpr, TERMS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, RAW: tl.constexpr, ENT: tl.constexpr, ARG: tl.constexpr, MASSES: tl.constexpr,
+    OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # any keys o_n [N] of a group, with all masks and terms
-    b_q1, b_q2, b_column, m_r, p_bits, p_bias, p_mask = rows
-    p_k, s_kn, p_v, s_vn = kv
+    # any keys i_n + o_n [N], which lie at p_kn and p_vn [N], with all masks and terms
+    b_q1, b_q2, b_column, p_bits, p_bias, p_mask = rows
     scale, softcap, window, s_bias = given
-    b_k1, b_k2 = load_rows(p_k + o_n.to(tl.int64) * s_kn, m_n, D, D1, D2, False)
-    b_s, b_before, b_label = seen_logits(
-        b_q1, b_q2, b_k1, b_k2, b_column, o_n, m_r, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap, window,
-        D2, LABELS, False, TERMS, MASK, WINDOW, SOFTCAP, PRECISION,
+    b_k1, b_k2 = load_rows(p_kn, m_n, D, D1, D2, False)
+    b_s, b_by, b_before, _, b_label = seen_logits(
+        b_q1, b_q2, b_k1, b_k2, b_column, i_n + o_n, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap, window,
+        D2, LABELS, BARRED, False, TERMS, MASK, WINDOW, SOFTCAP, RAW, PRECISION,
     )  # fmt: skip
-    b_s = in_group(b_s, b_label, group, LABELS)
     b_v1, b_v2 = 0.0, 0.0
     if OUT:
-        b_v1, b_v2 = load_rows(p_v + o_n.to(tl.int64) * s_vn, m_n, DV, V1, V2, False)
+        b_v1, b_v2 = load_rows(p_vn, m_n, DV, V1, V2, False)
     return accumulate(
-        state, b_s, 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+        state, b_s, b_by, b_before, b_label, i_n, o_n[None, :], b_v1, b_v2,
         True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
     )  # fmt: skip
 
@@ -68,16 +67,18 @@ def gathered(
     ENT: tl.constexpr, ARG: tl.constexpr, MASSES: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    # the keys of one further group between tiles i_lo and i_hi
+    # the keys of one further group between tiles i_lo and i_hi; the index has left out those that are hidden
     state = fresh(R, V1, V2, False, ENT, ARG, MASSES, OUT)
+    p_k, s_kn, p_v, s_vn = kv
     i_from, i_to = tl.load(p_before + (1 + group) * (T + 1) + i_lo), tl.load(p_before + (1 + group) * (T + 1) + i_hi)
     for i in range(i_from, i_to, N):
         o_i = i + tl.arange(0, N)
         m_n = o_i < i_to
         o_n = tl.load(p_keys + (group - 1) * Tk + o_i, mask=m_n, other=0)
+        o_64 = o_n.to(tl.int64)
         state = edited_tile(
-            state, rows, kv, given, o_n, m_n, group, D, D1, D2, DV, V1, V2, True, TERMS, MASK, WINDOW, SOFTCAP,
-            False, ENT, ARG, MASSES, OUT, PRECISION,
+            state, rows, p_k + o_64 * s_kn, p_v + o_64 * s_vn, given, 0, o_n, m_n, D, D1, D2, DV, V1, V2,
+            TERMS > 0, 0, TERMS, MASK, WINDOW, SOFTCAP, False, ENT, ARG, MASSES, OUT, PRECISION,
         )  # fmt: skip
     return state
 
@@ -90,7 +91,8 @@ def steered_prefill_kernel(
     s_lb, s_lh, s_ib, s_ih, s_ub, s_uh, s_ur, s_ut, s_wb, s_wh, s_ab, s_mb, s_mh, s_mr, s_cb, s_ch, s_cr,
     H, heads_per_kv, Tq, Tk, T, scale, softcap, offset, window,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    LABELS: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr, LAW: tl.constexpr, ROWS: tl.constexpr,
+    LABELS: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr, TERM_ROWS: tl.constexpr, LAW: tl.constexpr,
+    ROWS: tl.constexpr,
     MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, CUT: tl.constexpr,
     HEADS: tl.constexpr, LSE: tl.constexpr, RAW: tl.constexpr, ENT: tl.constexpr, ARG: tl.constexpr,
     MASSES: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
@@ -121,9 +123,14 @@ def steered_prefill_kernel(
     b_q1, b_q2 = load_rows(p_q + i_b * s_qb + i_h * s_qh + o_r.to(tl.int64) * s_qr, m_r, D, D1, D2, False)
     p_k += i_b * s_kb + i_kv * s_kh
     p_v += i_b * s_vb + i_kv * s_vh
-    p_mask_r = p_mask + i_b * s_mb + i_h * s_mh + o_r.to(tl.int64) * s_mr
-    p_bias_r = p_bias + i_b * s_ub + i_h * s_uh + o_r.to(tl.int64) * s_ur
-    rows = (b_q1, b_q2, o_r + offset, m_r, p_bits + i_b * s_lb + i_h * s_lh, p_bias_r, p_mask_r)
+    o_last = tl.minimum(o_r, Tq - 1).to(tl.int64)
+    p_mask_r = p_mask + i_b * s_mb + i_h * s_mh + o_last * s_mr
+    p_bias_r = p_bias + i_b * s_ub + i_h * s_uh
+    if TERM_ROWS:
+        p_bias_r += o_last * s_ur
+    else:
+        p_bias_r += tl.zeros([1], tl.int64)
+    rows = (b_q1, b_q2, o_r + offset, p_bits + i_b * s_lb + i_h * s_lh, p_bias_r, p_mask_r)
     kv = (p_k, s_kn, p_v, s_vn)
     given = (scale, softcap, window, s_ut)
     i_index = i_b * s_ib + i_h * s_ih
@@ -149,13 +156,15 @@ def steered_prefill_kernel(
     i_from, i_to = i_first, i_last
     if LABELS:
         i_from, i_to = tl.load(p_before + i_first), tl.load(p_before + i_last)
+    o_n = tl.arange(0, N)
+    o_kn, o_vn = o_n * s_kn, o_n * s_vn
     for i in range(i_from, i_to):
         i_t = i
         if LABELS:
             i_t = tl.load(p_tiles + i)
         # whole, unlabelled and seen by every row: plain attention
-        o_n = i_t * N + tl.arange(0, N)
-        b_k1, b_k2 = load_rows(p_k + o_n.to(tl.int64) * s_kn, m_r, D, D1, D2, True)
+        i_n = (i_t * N).to(tl.int64)
+        b_k1, b_k2 = load_rows(p_k + i_n * s_kn + o_kn, m_r, D, D1, D2, True)
         b_s = dots(b_q1, b_q2, b_k1, b_k2, D2, PRECISION)
         b_by = scale * LOG2E
         if SOFTCAP:
@@ -166,9 +175,9 @@ def steered_prefill_kernel(
             b_before = b_s * b_by
         b_v1, b_v2 = 0.0, 0.0
         if OUT:
-            b_v1, b_v2 = load_rows(p_v + o_n.to(tl.int64) * s_vn, m_r, DV, V1, V2, True)
+            b_v1, b_v2 = load_rows(p_v + i_n * s_vn + o_vn, m_r, DV, V1, V2, True)
         state0 = accumulate(
-            state0, b_s, b_by, b_before, 0, o_n[None, :], b_v1, b_v2,
+            state0, b_s, b_by, b_before, 0, i_t * N, o_n[None, :], b_v1, b_v2,
             False, V2, RAW, ENT, ARG, MASSES, TERMS, False, OUT, PRECISION,
         )  # fmt: skip
 
@@ -182,9 +191,10 @@ def steered_prefill_kernel(
         if LABELS:
             m_inner = (i >= i_left) & (i < i_left + i_edited)
             i_t = tl.where(m_inner, tl.load(p_tiles + T + i_skip + i - i_left, mask=m_inner, other=0), i_t)
-        o_n = i_t * N + tl.arange(0, N)
+        i_n = (i_t * N).to(tl.int64)
         state0 = edited_tile(
-            state0, rows, kv, given, o_n, o_n < Tk, 0, D, D1, D2, DV, V1, V2, LABELS, TERMS, MASK, WINDOW, SOFTCAP,
+            state0, rows, p_k + i_n * s_kn + o_kn, p_v + i_n * s_vn + o_vn, given, i_t * N, o_n, i_t * N + o_n < Tk,
+            D, D1, D2, DV, V1, V2, LABELS, HIDDEN + GROUP_BITS, TERMS, MASK, WINDOW, SOFTCAP,
             RAW, ENT, ARG, MASSES, OUT, PRECISION,
         )  # fmt: skip
 
