@@ -84,7 +84,7 @@ def term_bias(b_label, p_bias, s_bias, TERMS: tl.constexpr):
 
 @triton.jit
 def seen_logits(
-    b_q1, b_q2, b_k1, b_k2, b_column, o_n, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap, window,
+    b_q1, b_q2, b_k1, b_k2, b_first, b_last, o_n, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap,
     D2: tl.constexpr, LABELS: tl.constexpr, BARRED: tl.constexpr, PER_ROW: tl.constexpr, TERMS: tl.constexpr,
     MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,11 +94,12 @@ def seen_logits(
     seen; and labels [1 or R, N].
 
     Args:
-        b_column: column of each row, [R]. Rows past the last one point where the last one does.
-        o_n: any keys, [N]; m_n: which of them count.
-        p_bits, p_bias, p_mask: where each row's labels, terms and mask begin, [R]; labels differ by row if PER_ROW.
+        o_n: keys, [N], counted from any place; m_n: which of them there are.
+        b_first, b_last: the range of keys that each row sees, [R], counted alike, without a mask; b_first with WINDOW.
+        p_bits, p_bias, p_mask: where that place is in the labels and in each row's mask, and each row's terms begin,
+            [R]; labels differ by row if PER_ROW. Rows past the last one point where the last one does.
         BARRED: bits of a label of which none may be set.
-        MASK: 0 causal, 1 bool, 2 additive.
+        MASK: 0 none, 1 bool, 2 additive.
     """
     # labels first: they arrive while the product runs
     b_label = tl.zeros_like(o_n)[None, :]
@@ -112,16 +113,19 @@ def seen_logits(
     if SOFTCAP:
         b_s = capped(b_s, scale, softcap)
         b_by = 1.0
-    m_seen = m_n[None, :]
-    if LABELS and BARRED > 0:
-        m_seen = m_seen & ((b_label & BARRED) == 0)
     if MASK == 0:
         # one comparison for each logit: keys that nobody sees lie past every row
-        m_seen = tl.where(m_seen, o_n[None, :], NOWHERE) <= b_column[:, None]
+        b_place = o_n[None, :]
+        if LABELS and BARRED > 0:
+            b_place = tl.where((b_label & BARRED) == 0, b_place, NOWHERE)
+        m_seen = b_place <= b_last[:, None]
         if WINDOW:
-            m_seen = m_seen & (o_n[None, :] > (b_column - window)[:, None])
+            m_seen = m_seen & (b_place >= b_first[:, None])
     else:
         p = p_mask[:, None] + o_n[None, :]
+        m_seen = m_n[None, :]
+        if LABELS and BARRED > 0:
+            m_seen = m_seen & ((b_label & BARRED) == 0)
         if MASK == 1:
             m_seen = m_seen & (tl.load(p, mask=m_seen, other=0) != 0)
         else:
@@ -219,7 +223,7 @@ def accumulate(
         if MARKED:
             o_t = tl.arange(0, MASSES)
             for t in tl.static_range(TERMS):
-                b_in = tl.sum(tl.where(((b_label >> (FIRST_TERM + t)) & 1) != 0, b_p, 0.0), 1)
+                b_in = tl.sum(b_p * tl.where(((b_label >> (FIRST_TERM + t)) & 1) != 0, 1.0, 0.0), 1)
                 b_mass += tl.where((o_t == t)[None, :], b_in[:, None], 0.0)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     if OUT:

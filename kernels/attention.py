@@ -285,7 +285,7 @@ def _attention(
             *qkv, *os, *labels, *index, *biases, *laws, *steps(rows, 1), *masks, *cuts,
             h, heads_per_kv, Tq, Tk, T, scaling, softcap, offset, window,
             **shared, **more, **flags, HEADS=heads is not None, TERM_ROWS=bias is not None and bias.shape[2] > 1,
-            R=config.rows, N=config.keys,
+            R=config.rows, N=config.keys, GATHERED=config.gathered,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     else:

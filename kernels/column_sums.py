@@ -98,8 +98,8 @@ def column_sums_kernel(
         b_q1, b_q2 = load_rows(p_q + o_64 * s_qr, m_r, D, D1, D2, False)
         o_last = tl.minimum(o_r, Tq - 1).to(tl.int64)
         b_s, b_by, _, m_seen, _ = seen_logits(
-            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_n, p_label, p_bias + o_last * s_ur, s_ut,
-            p_mask + o_last * s_mr, scale, softcap, window,
+            b_q1, b_q2, b_k1, b_k2, o_r + offset - window + 1, tl.minimum(o_r + offset, Tk - 1), o_n, m_n, p_label,
+            p_bias + o_last * s_ur, s_ut, p_mask + o_last * s_mr, scale, softcap,
             D2, LABELS, HIDDEN, False, TERMS, MASK, WINDOW, SOFTCAP, False, PRECISION,
         )  # fmt: skip
         b_lse = tl.load(p_lse + o_r, mask=m_r, other=0.0) * LOG2E

@@ -22,6 +22,7 @@ from steerlens.kernels._tiles import (
     GROUP_BITS,
     HIDDEN,
     LOG2E,
+    NOWHERE,
     accumulate,
     capped,
     dots,
@@ -43,11 +44,12 @@ def edited_tile(
     OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # any keys i_n + o_n [N], which lie at p_kn and p_vn [N], with all masks and terms
-    b_q1, b_q2, b_column, p_bits, p_bias, p_mask = rows
-    scale, softcap, window, s_bias = given
+    b_q1, b_q2, b_first, b_last, p_bits, p_bias, p_mask = rows
+    scale, softcap, s_bias = given
     b_k1, b_k2 = load_rows(p_kn, m_n, D, D1, D2, False)
     b_s, b_by, b_before, _, b_label = seen_logits(
-        b_q1, b_q2, b_k1, b_k2, b_column, i_n + o_n, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap, window,
+        b_q1, b_q2, b_k1, b_k2, b_first - i_n, b_last - i_n, o_n, m_n, p_bits + i_n, p_bias, s_bias, p_mask + i_n,
+        scale, softcap,
         D2, LABELS, BARRED, False, TERMS, MASK, WINDOW, SOFTCAP, RAW, PRECISION,
     )  # fmt: skip
     b_v1, b_v2 = 0.0, 0.0
@@ -71,10 +73,15 @@ def gathered(
     state = fresh(R, V1, V2, False, ENT, ARG, MASSES, OUT)
     p_k, s_kn, p_v, s_vn = kv
     i_from, i_to = tl.load(p_before + (1 + group) * (T + 1) + i_lo), tl.load(p_before + (1 + group) * (T + 1) + i_hi)
-    for i in range(i_from, i_to, N):
-        o_i = i + tl.arange(0, N)
-        m_n = o_i < i_to
-        o_n = tl.load(p_keys + (group - 1) * Tk + o_i, mask=m_n, other=0)
+    p_keys += (group - 1) * Tk
+    o_i = i_from + tl.arange(0, N)
+    o_next = tl.load(p_keys + o_i, mask=o_i < i_to, other=NOWHERE)
+    for _ in range(i_from, i_to, N):
+        # loaded a step ahead, as are the numbers of tiles
+        o_n = o_next
+        m_n = o_n < NOWHERE
+        o_i += N
+        o_next = tl.load(p_keys + o_i, mask=o_i < i_to, other=NOWHERE)
         o_64 = o_n.to(tl.int64)
         state = edited_tile(
             state, rows, p_k + o_64 * s_kn, p_v + o_64 * s_vn, given, 0, o_n, m_n, D, D1, D2, DV, V1, V2,
@@ -87,7 +94,7 @@ def gathered(
 def steered_prefill_kernel(
     p_q, p_k, p_v, p_o, p_lse, p_before_lse, p_ent, p_top, p_pos, p_mass,
     p_bits, p_before, p_tiles, p_keys, p_bias, p_law, p_rows, p_mask, p_sinks, p_cut, p_heads,
-    s_qb, s_qh, s_qr, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_or,
+    s_qb, s_qh, s_qr, s_kb, s_kh, s_kn: tl.constexpr, s_vb, s_vh, s_vn: tl.constexpr, s_ob, s_oh, s_or,
     s_lb, s_lh, s_ib, s_ih, s_ub, s_uh, s_ur, s_ut, s_wb, s_wh, s_ab, s_mb, s_mh, s_mr, s_cb, s_ch, s_cr,
     H, heads_per_kv, Tq, Tk, T, scale, softcap, offset, window,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
@@ -96,6 +103,7 @@ def steered_prefill_kernel(
     MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, CUT: tl.constexpr,
     HEADS: tl.constexpr, LSE: tl.constexpr, RAW: tl.constexpr, ENT: tl.constexpr, ARG: tl.constexpr,
     MASSES: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):  # fmt: skip
     # rows that see most come first: short ones fill the gaps at the end
     i_r = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -130,9 +138,12 @@ def steered_prefill_kernel(
         p_bias_r += o_last * s_ur
     else:
         p_bias_r += tl.zeros([1], tl.int64)
-    rows = (b_q1, b_q2, o_r + offset, p_bits + i_b * s_lb + i_h * s_lh, p_bias_r, p_mask_r)
+    # columns that each row sees
+    b_last = tl.minimum(o_r + offset, Tk - 1)
+    b_first = o_r + offset - window + 1
+    rows = (b_q1, b_q2, b_first, b_last, p_bits + i_b * s_lb + i_h * s_lh, p_bias_r, p_mask_r)
     kv = (p_k, s_kn, p_v, s_vn)
-    given = (scale, softcap, window, s_ut)
+    given = (scale, softcap, s_ut)
     i_index = i_b * s_ib + i_h * s_ih
     p_before += i_index * (1 + GROUPS) * (T + 1)
     p_tiles += i_index * 2 * T
@@ -154,14 +165,20 @@ def steered_prefill_kernel(
 
     state0 = fresh(R, V1, V2, RAW, ENT, ARG, MASSES, OUT)
     i_from, i_to = i_first, i_last
+    i_next = 0
     if LABELS:
         i_from, i_to = tl.load(p_before + i_first), tl.load(p_before + i_last)
+        i_next = tl.load(p_tiles + i_from, mask=i_from < i_to, other=0)
     o_n = tl.arange(0, N)
-    o_kn, o_vn = o_n * s_kn, o_n * s_vn
+    o_kn, o_vn = o_n.to(tl.int64) * s_kn, o_n.to(tl.int64) * s_vn
     for i in range(i_from, i_to):
-        i_t = i
         if LABELS:
-            i_t = tl.load(p_tiles + i)
+            # a number loaded a step ahead, so that the pipeline of keys and values need not wait for it
+            i_t = i_next
+            i_next = tl.load(p_tiles + tl.minimum(i + 1, i_to - 1))
+        else:
+            # the minimum changes nothing, but what grows with i alone the compiler would carry, pointer by pointer
+            i_t = tl.minimum(i, i_to - 1)
         # whole, unlabelled and seen by every row: plain attention
         i_n = (i_t * N).to(tl.int64)
         b_k1, b_k2 = load_rows(p_k + i_n * s_kn + o_kn, m_r, D, D1, D2, True)
@@ -193,7 +210,7 @@ def steered_prefill_kernel(
             i_t = tl.where(m_inner, tl.load(p_tiles + T + i_skip + i - i_left, mask=m_inner, other=0), i_t)
         i_n = (i_t * N).to(tl.int64)
         state0 = edited_tile(
-            state0, rows, p_k + i_n * s_kn + o_kn, p_v + i_n * s_vn + o_vn, given, i_t * N, o_n, i_t * N + o_n < Tk,
+            state0, rows, p_k + i_n * s_kn + o_kn, p_v + i_n * s_vn + o_vn, given, i_t * N, o_n, o_n < Tk - i_t * N,
             D, D1, D2, DV, V1, V2, LABELS, HIDDEN + GROUP_BITS, TERMS, MASK, WINDOW, SOFTCAP,
             RAW, ENT, ARG, MASSES, OUT, PRECISION,
         )  # fmt: skip
@@ -202,17 +219,17 @@ def steered_prefill_kernel(
     if GROUPS > 1:
         state1 = gathered(
             rows, kv, given, p_keys, p_before, i_lo, i_hi, T, Tk, 1, D, D1, D2, DV, V1, V2, TERMS, MASK, WINDOW,
-            SOFTCAP, ENT, ARG, MASSES, OUT, PRECISION, R, N,
+            SOFTCAP, ENT, ARG, MASSES, OUT, PRECISION, R, GATHERED,
         )  # fmt: skip
     if GROUPS > 2:
         state2 = gathered(
             rows, kv, given, p_keys, p_before, i_lo, i_hi, T, Tk, 2, D, D1, D2, DV, V1, V2, TERMS, MASK, WINDOW,
-            SOFTCAP, ENT, ARG, MASSES, OUT, PRECISION, R, N,
+            SOFTCAP, ENT, ARG, MASSES, OUT, PRECISION, R, GATHERED,
         )  # fmt: skip
     if GROUPS > 3:
         state3 = gathered(
             rows, kv, given, p_keys, p_before, i_lo, i_hi, T, Tk, 3, D, D1, D2, DV, V1, V2, TERMS, MASK, WINDOW,
-            SOFTCAP, ENT, ARG, MASSES, OUT, PRECISION, R, N,
+            SOFTCAP, ENT, ARG, MASSES, OUT, PRECISION, R, GATHERED,
         )  # fmt: skip
 
     b_keys = state0[1]
