@@ -21,10 +21,11 @@ class Config:
     keys: int
     warps: int
     stages: int
+    gathered: int = 64
     chosen_on: str = "static"
 
 
-INTERPRETER = Config(32, 32, 1, 1, "interpreter")
+INTERPRETER = Config(32, 32, 1, 1, 16, "interpreter")
 CANDIDATES = (
     Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 128, 4, 2),
     Config(128, 32, 4, 4),
@@ -47,7 +48,7 @@ def prefill(dim: int, dtype: torch.dtype, groups: int) -> Config:
 def decode(dim: int, dtype: torch.dtype, rows: int, groups: int) -> Config:
     """For split-KV decode of `rows` packed rows (a power of two from 16)."""
     if interpreted():
-        return Config(rows, 16, 1, 1, "interpreter")
+        return Config(rows, 16, 1, 1, 16, "interpreter")
     if dtype == torch.float32 or dim > 128 or groups > 2:
         return Config(rows, 32, 4, 2)
     return Config(rows, 64, 4, 3)

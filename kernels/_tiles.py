@@ -73,59 +73,75 @@ def capped(b_s, scale, softcap):
 
 
 @triton.jit
-def with_terms(b_x, b_label, p_bias, s_bias, m_row, TERMS: tl.constexpr):
-    # adds Σ_t bias[row, t]·1[t marks the key]; p_bias [R] points at each row's first term, in nats
+def term_bias(b_label, p_bias, s_bias, TERMS: tl.constexpr):
+    # Σ_t bias[row, t]·1[t marks the key]; p_bias [R], or [1] for all rows, points at the first term, in nats
+    b_u = 0.0
     for t in tl.static_range(TERMS):
-        b_u = tl.load(p_bias + t * s_bias, mask=m_row, other=0.0) * LOG2E
-        b_x += tl.where(((b_label >> (FIRST_TERM + t)) & 1) != 0, b_u[:, None], 0.0)
-    return b_x
+        b_t = tl.load(p_bias + t * s_bias) * LOG2E
+        b_u += tl.where(((b_label >> (FIRST_TERM + t)) & 1) != 0, b_t[:, None], 0.0)
+    return b_u
 
 
 @triton.jit
 def seen_logits(
-    b_q1, b_q2, b_k1, b_k2, b_column, o_n, m_r, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap, window,
-    D2: tl.constexpr, LABELS: tl.constexpr, PER_ROW: tl.constexpr,
-    TERMS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    b_q1, b_q2, b_k1, b_k2, b_first, b_last, o_n, m_n, p_bits, p_bias, s_bias, p_mask, scale, softcap,
+    D2: tl.constexpr, LABELS: tl.constexpr, BARRED: tl.constexpr, PER_ROW: tl.constexpr, TERMS: tl.constexpr,
+    MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits with terms, logits without, both -inf where a row does not see a key, and labels [1 or R, N].
+    """Logits of any keys, with their terms, -inf where a row does not see a key.
+
+    Returns logits; the factor that brings them to log2 units; with RAW the logits without terms, in log2 units; what is
+    seen; and labels [1 or R, N].
 
     Args:
-        b_column: column of each row, [R]; m_r: which rows count.
-        o_n: any keys, [N]; m_n: which of them count.
-        p_bits, p_bias, p_mask: where each row's labels, terms and mask begin, [R]; labels differ by row if PER_ROW.
-        MASK: 0 causal, 1 bool, 2 additive.
+        o_n: keys, [N], counted from any place; m_n: which of them there are.
+        b_first, b_last: the range of keys that each row sees, [R], counted alike, without a mask; b_first with WINDOW.
+        p_bits, p_bias, p_mask: where that place is in the labels and in each row's mask, and each row's terms begin,
+            [R]; labels differ by row if PER_ROW. Rows past the last one point where the last one does.
+        BARRED: bits of a label of which none may be set.
+        MASK: 0 none, 1 bool, 2 additive.
     """
-    b_s = dots(b_q1, b_q2, b_k1, b_k2, D2, PRECISION)
-    if SOFTCAP:
-        b_s = capped(b_s, scale, softcap)
-    else:
-        b_s = b_s * (scale * LOG2E)
-    # [R, N]
-    m_seen = m_n[None, :] & m_r[:, None]
+    # labels first: they arrive while the product runs
     b_label = tl.zeros_like(o_n)[None, :]
     if LABELS:
         if PER_ROW:
-            b_label = tl.load(p_bits[:, None] + o_n[None, :], mask=m_seen, other=4).to(tl.int32)
+            b_label = tl.load(p_bits[:, None] + o_n[None, :], mask=m_n[None, :], other=4).to(tl.int32)
         else:
             b_label = tl.load(p_bits + o_n, mask=m_n, other=4).to(tl.int32)[None, :]
-        m_seen = m_seen & ((b_label & HIDDEN) == 0)
+    b_s = dots(b_q1, b_q2, b_k1, b_k2, D2, PRECISION)
+    b_by = scale * LOG2E
+    if SOFTCAP:
+        b_s = capped(b_s, scale, softcap)
+        b_by = 1.0
     if MASK == 0:
-        b_ahead = b_column[:, None] - o_n[None, :]
-        m_seen = m_seen & (b_ahead >= 0)
+        # one comparison for each logit: keys that nobody sees lie past every row
+        b_place = o_n[None, :]
+        if LABELS and BARRED > 0:
+            b_place = tl.where((b_label & BARRED) == 0, b_place, NOWHERE)
+        m_seen = b_place <= b_last[:, None]
         if WINDOW:
-            m_seen = m_seen & (b_ahead < window)
-    elif MASK == 1:
-        m_seen = m_seen & (tl.load(p_mask[:, None] + o_n[None, :], mask=m_seen, other=0) != 0)
+            m_seen = m_seen & (b_place >= b_first[:, None])
     else:
-        b_mask = tl.load(p_mask[:, None] + o_n[None, :], mask=m_seen, other=float("-inf")).to(tl.float32)
-        # -1e4, -1e9 and the like hide a key as -inf does
-        m_seen = m_seen & (b_mask > -9e3)
-        b_s += tl.where(m_seen, b_mask, 0.0) * LOG2E
-    b_before = tl.where(m_seen, b_s, float("-inf"))
-    b_s = b_before
+        p = p_mask[:, None] + o_n[None, :]
+        m_seen = m_n[None, :]
+        if LABELS and BARRED > 0:
+            m_seen = m_seen & ((b_label & BARRED) == 0)
+        if MASK == 1:
+            m_seen = m_seen & (tl.load(p, mask=m_seen, other=0) != 0)
+        else:
+            b_mask = tl.load(p, mask=m_seen, other=float("-inf")).to(tl.float32)
+            # -1e4, -1e9 and the like hide a key as -inf does
+            m_seen = m_seen & (b_mask > -9e3)
+            b_s = b_s * b_by + b_mask * LOG2E
+            b_by = 1.0
+    b_before = 0.0
     if TERMS > 0:
-        b_s = with_terms(b_s, b_label, p_bias, s_bias, m_r, TERMS)
-    return b_s, b_before, b_label
+        b_s = b_s * b_by
+        b_by = 1.0
+        if RAW:
+            b_before = tl.where(m_seen, b_s, float("-inf"))
+        b_s += term_bias(b_label, p_bias, s_bias, TERMS)
+    return tl.where(m_seen, b_s, float("-inf")), b_by, b_before, m_seen, b_label
 
 
 @triton.jit
@@ -161,7 +177,7 @@ def fresh(
 
 @triton.jit
 def accumulate(
-    state, b_s, factor, b_before, b_label, o_n, b_v1, b_v2,
+    state, b_s, factor, b_before, b_label, i_n, o_n, b_v1, b_v2,
     SAFE: tl.constexpr, V2: tl.constexpr, RAW: tl.constexpr, ENT: tl.constexpr, ARG: tl.constexpr,
     MASSES: tl.constexpr, TERMS: tl.constexpr, MARKED: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,13 +185,15 @@ def accumulate(
 
     Args:
         b_before: with RAW the logits without the terms.
+        i_n, o_n: the keys are i_n + o_n, [1, N].
         SAFE: rows may have seen no key yet.
         MARKED: keys of this tile may be in terms.
     """
     b_m, b_l, b_acc1, b_acc2, b_raw, b_ent, b_top, b_pos, b_mass = state
-    b_tile = tl.max(b_s, 1) * factor
+    b_peak = tl.max(b_s, 1)
+    b_tile = b_peak * factor
     if ARG:
-        b_where = tl.min(tl.where(b_s * factor == b_tile[:, None], o_n, NOWHERE), 1)
+        b_where = i_n + tl.min(tl.where(b_s == b_peak[:, None], o_n, NOWHERE), 1)
         b_better = (b_tile > b_top) | ((b_tile == b_top) & (b_where < b_pos))
         b_better = b_better & (b_tile > float("-inf"))
         b_pos = tl.where(b_better, b_where, b_pos)
@@ -193,7 +211,11 @@ def accumulate(
     b_p = tl.exp2(b_x)
     if ENT:
         b_moved = tl.where(b_l > 0, (b_m - b_shift) * b_l, 0.0)
-        b_ent = b_alpha * (b_ent + b_moved) + tl.sum(tl.where(b_p > 0, b_p * b_x, 0.0), 1)
+        b_finite = b_x
+        if SAFE:
+            # 0·(-inf) is 0 here, and 2^-1000 is 0
+            b_finite = tl.maximum(b_x, -1000.0)
+        b_ent = b_alpha * (b_ent + b_moved) + tl.sum(b_p * b_finite, 1)
     if RAW:
         b_raw = b_raw * b_alpha + tl.sum(tl.exp2(b_before - b_shift[:, None]), 1)
     if MASSES > 0:
@@ -201,7 +223,7 @@ def accumulate(
         if MARKED:
             o_t = tl.arange(0, MASSES)
             for t in tl.static_range(TERMS):
-                b_in = tl.sum(tl.where(((b_label >> (FIRST_TERM + t)) & 1) != 0, b_p, 0.0), 1)
+                b_in = tl.sum(b_p * tl.where(((b_label >> (FIRST_TERM + t)) & 1) != 0, 1.0, 0.0), 1)
                 b_mass += tl.where((o_t == t)[None, :], b_in[:, None], 0.0)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     if OUT:

@@ -239,7 +239,7 @@ def _attention(
     bits = None if bits is None else inner(bits)
     want = [bool(stats >> i & 1) for i in range(5)]
     flags = {
-        "LSE": want[0] or want[1], "RAW": want[1] or law == 4, "ENT": want[2], "ARG": want[3],
+        "LSE": want[0] or want[1], "RAW": terms > 0 and (want[1] or law == 4), "ENT": want[2], "ARG": want[3],
         "MASSES": triton.next_power_of_2(terms) if want[4] else 0, "OUT": output,
     }  # fmt: skip
     (D1, D2), (V1, V2) = widths(D), widths(DV)
@@ -272,7 +272,8 @@ def _attention(
             or_one(sinks, like), or_one(cut, like), or_one(heads, like),
             *qkv, *os, *labels, *index, *biases, *laws, *steps(rows, 1), *masks, *cuts,
             h, heads_per_kv, Tq, Tk, T, scaling, softcap, offset, window,
-            **shared, **more, **flags, HEADS=heads is not None, R=config.rows, N=config.keys,
+            **shared, **more, **flags, HEADS=heads is not None, TERM_ROWS=bias is not None and bias.shape[2] > 1,
+            R=config.rows, N=config.keys, GATHERED=config.gathered,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     else:

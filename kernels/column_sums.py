@@ -27,15 +27,15 @@ from steerlens.kernels._launch import (
     steps,
     widths,
 )
-from steerlens.kernels._tiles import LOG2E, capped, dots, load_rows, seen_logits
+from steerlens.kernels._tiles import HIDDEN, LOG2E, capped, dots, load_rows, seen_logits
 from steerlens.kernels.key_index import Labels
 
 
 @triton.jit
 def column_sums_kernel(
     p_q, p_k, p_lse, p_counted, p_sums, p_observers, p_bits, p_bias, p_mask, p_heads,
-    s_qb, s_qh, s_qr, s_kb, s_kh, s_kn, s_xb, s_xh, s_ab, s_lb, s_lh, s_ub, s_uh, s_ur, s_ut, s_mb, s_mh, s_mr,
-    h, heads_per_kv, Tq, Tk, scale, softcap, offset, window,
+    s_qb, s_qh, s_qr: tl.constexpr, s_kb, s_kh, s_kn, s_xb, s_xh, s_ab, s_lb, s_lh, s_ub, s_uh, s_ur, s_ut,
+    s_mb, s_mh, s_mr, h, heads_per_kv, Tq, Tk, scale, softcap, offset, window,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, LABELS: tl.constexpr, TERMS: tl.constexpr,
     MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, COUNTED: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
@@ -73,44 +73,51 @@ def column_sums_kernel(
         i_first = tl.minimum(i_first, i_hi)
         i_last = tl.maximum(i_last, i_first)
     b_sums = tl.zeros([N], tl.float32)
-    b_seen = tl.zeros([N], tl.int32)
+    i_seen = 0
+    o_q = tl.arange(0, R)
     for i in range(i_first, i_last):
-        o_r = i * R + tl.arange(0, R)
-        o_64 = o_r.to(tl.int64)
-        b_q1, b_q2 = load_rows(p_q + o_64 * s_qr, m_n, D, D1, D2, True)
-        b_s = dots(b_q1, b_q2, b_k1, b_k2, D2, PRECISION)
-        b_lse = tl.load(p_lse + o_r) * LOG2E
+        i_t = tl.minimum(i, i_last - 1)
+        i_q = (i_t * R).to(tl.int64)
+        # [N, R]: sums over rows stay within a warp
+        b_lse = tl.load(p_lse + i_q + o_q) * LOG2E
         if COUNTED:
-            m_r = tl.load(p_counted + i_b * s_ab + o_r) != 0
+            m_r = tl.load(p_counted + i_b * s_ab + i_q + o_q) != 0
             b_lse = tl.where(m_r, b_lse, float("inf"))
-            b_seen += tl.sum(tl.where(m_r, 1, 0), 0)
+            i_seen += tl.sum(tl.where(m_r, 1, 0), 0)
         else:
-            b_seen += R
+            i_seen += R
+        b_q1, b_q2 = load_rows(p_q + i_q * s_qr + o_q.to(tl.int64) * s_qr, m_n, D, D1, D2, True)
+        b_s = dots(b_k1, b_k2, b_q1, b_q2, D2, PRECISION)
+        b_by = scale * LOG2E
         if SOFTCAP:
             b_s = capped(b_s, scale, softcap)
-        else:
-            b_s = b_s * (scale * LOG2E)
-        b_sums += tl.sum(tl.exp2(b_s - b_lse[:, None]), 0)
+            b_by = 1.0
+        b_sums += tl.sum(tl.exp2(b_s * b_by - b_lse[None, :]), 1)
+    # [R, N], added up over rows in the end
+    b_parts = tl.zeros([R, N], tl.float32)
+    b_counts = tl.zeros([R, N], tl.float32)
     for i in range(0, i_first - i_lo + i_hi - i_last):
-        o_r = tl.where(i < i_first - i_lo, i_lo + i, i_last + i - i_first + i_lo) * R + tl.arange(0, R)
+        o_r = tl.where(i < i_first - i_lo, i_lo + i, i_last + i - i_first + i_lo) * R + o_q
         m_r = o_r < Tq
         if COUNTED:
             m_r = m_r & (tl.load(p_counted + i_b * s_ab + o_r, mask=m_r, other=0) != 0)
-        o_64 = o_r.to(tl.int64)
-        b_q1, b_q2 = load_rows(p_q + o_64 * s_qr, m_r, D, D1, D2, False)
-        b_s, b_before, _ = seen_logits(
-            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_r, m_n, p_label, p_bias + o_64 * s_ur, s_ut,
-            p_mask + o_64 * s_mr, scale, softcap, window,
-            D2, LABELS, False, TERMS, MASK, WINDOW, SOFTCAP, PRECISION,
+        b_lse = tl.load(p_lse + o_r, mask=m_r, other=float("inf")) * LOG2E
+        # a row that sees nothing gives nothing
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        b_q1, b_q2 = load_rows(p_q + o_r.to(tl.int64) * s_qr, m_r, D, D1, D2, False)
+        o_last = tl.minimum(o_r, Tq - 1).to(tl.int64)
+        b_s, b_by, _, m_seen, _ = seen_logits(
+            b_q1, b_q2, b_k1, b_k2, o_r + offset - window + 1, tl.minimum(o_r + offset, Tk - 1), o_n, m_n, p_label,
+            p_bias + o_last * s_ur, s_ut, p_mask + o_last * s_mr, scale, softcap,
+            D2, LABELS, HIDDEN, False, TERMS, MASK, WINDOW, SOFTCAP, False, PRECISION,
         )  # fmt: skip
-        b_lse = tl.load(p_lse + o_r, mask=m_r, other=0.0) * LOG2E
-        m_seen = b_before > float("-inf")
-        b_seen += tl.sum(tl.where(m_seen, 1, 0), 0)
-        # a bias of -inf gates a key that the row sees
-        b_sums += tl.sum(tl.where(b_s > float("-inf"), tl.exp2(b_s - b_lse[:, None]), 0.0), 0)
+        b_counts += tl.where(m_seen & m_r[:, None], 1.0, 0.0)
+        b_parts += tl.exp2(b_s * b_by - b_lse[:, None])
+    b_sums += tl.sum(b_parts, 0)
+    b_seen = i_seen + tl.sum(b_counts, 0)
     o_at = (i_b * h + i_place) * Tk + o_n
     tl.store(p_sums + o_at, b_sums, mask=m_n)
-    tl.store(p_observers + o_at, b_seen.to(tl.float32), mask=m_n)
+    tl.store(p_observers + o_at, b_seen, mask=m_n)
 
 
 def column_sums(

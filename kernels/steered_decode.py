@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from steerlens.kernels._tiles import (
+    HIDDEN,
     LOG2E,
     NOWHERE,
     accumulate,
@@ -52,8 +53,9 @@ def leave(
 @triton.jit
 def steered_decode_kernel(
     p_q, p_k, p_v, p_part, p_place, p_acc, p_bits, p_bias, p_mask, p_cut,
-    s_qb, s_qh, s_qr, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_lb, s_lh, s_ub, s_uh, s_ur, s_ut, s_mb, s_mh, s_mr,
-    s_cb, s_ch, s_cr, H, heads_per_kv, Tq, Tk, rows_all, start, span, scale, softcap, offset, window,
+    s_qb, s_qh, s_qr, s_kb, s_kh, s_kn: tl.constexpr, s_vb, s_vh, s_vn: tl.constexpr, s_lb, s_lh,
+    s_ub, s_uh, s_ur, s_ut, s_mb, s_mh, s_mr, s_cb, s_ch, s_cr,
+    H, heads_per_kv, Tq, Tk, rows_all, start, span, scale, softcap, offset, window,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     LABELS: tl.constexpr, PER_HEAD: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr, MASK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, EARLY: tl.constexpr, RAW: tl.constexpr, ENT: tl.constexpr,
@@ -63,8 +65,9 @@ def steered_decode_kernel(
     i_split = tl.program_id(0).to(tl.int64)
     i_kv = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
-    o_p = tl.arange(0, R)
-    m_r = o_p < heads_per_kv * Tq
+    m_r = tl.arange(0, R) < heads_per_kv * Tq
+    # rows past the last are computed as the last, and not written
+    o_p = tl.minimum(tl.arange(0, R), heads_per_kv * Tq - 1)
     o_h, o_r = i_kv * heads_per_kv + o_p // Tq, o_p % Tq
     o_row = (i_b * H + o_h) * Tq + o_r
 
@@ -85,36 +88,41 @@ def steered_decode_kernel(
     p_bias_r = p_bias + i_b * s_ub + o_h * s_uh + o_r * s_ur
     p_mask_r = p_mask + i_b * s_mb + o_h * s_mh + o_r * s_mr
 
+    # columns that each row sees
+    b_last = tl.minimum(o_r + offset, i_to - 1)
+    b_first = o_r + offset - window + 1
+    o_n = tl.arange(0, N)
+    o_kn, o_vn = o_n * s_kn, o_n * s_vn
     state0 = fresh(R, V1, V2, RAW, ENT, ARG, MASSES, OUT)
     state1, state2, state3 = state0, state0, state0
     for i in range(i_from, i_to, N):
-        o_n = i + tl.arange(0, N)
-        m_n = o_n < i_to
-        b_k1, b_k2 = load_rows(p_k + o_n.to(tl.int64) * s_kn, m_n, D, D1, D2, False)
-        b_s, b_before, b_label = seen_logits(
-            b_q1, b_q2, b_k1, b_k2, o_r + offset, o_n, m_r, m_n, p_label, p_bias_r, s_ut, p_mask_r,
-            scale, softcap, window, D2, LABELS, PER_HEAD, TERMS, MASK, WINDOW, SOFTCAP, PRECISION,
+        m_n = o_n < i_to - i
+        b_k1, b_k2 = load_rows(p_k + tl.cast(i, tl.int64) * s_kn + o_kn, m_n, D, D1, D2, False)
+        b_s, b_by, b_before, _, b_label = seen_logits(
+            b_q1, b_q2, b_k1, b_k2, b_first - i, b_last - i, o_n, m_n, p_label + i, p_bias_r, s_ut, p_mask_r + i,
+            scale, softcap,
+            D2, LABELS, HIDDEN, PER_HEAD, TERMS, MASK, WINDOW, SOFTCAP, RAW, PRECISION,
         )  # fmt: skip
         b_v1, b_v2 = 0.0, 0.0
         if OUT:
-            b_v1, b_v2 = load_rows(p_v + o_n.to(tl.int64) * s_vn, m_n, DV, V1, V2, False)
+            b_v1, b_v2 = load_rows(p_v + tl.cast(i, tl.int64) * s_vn + o_vn, m_n, DV, V1, V2, False)
         state0 = accumulate(
-            state0, in_group(b_s, b_label, 0, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+            state0, in_group(b_s, b_label, 0, LABELS), b_by, b_before, b_label, i, o_n[None, :], b_v1, b_v2,
             True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
         )  # fmt: skip
         if GROUPS > 1:
             state1 = accumulate(
-                state1, in_group(b_s, b_label, 1, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+                state1, in_group(b_s, b_label, 1, LABELS), b_by, b_before, b_label, i, o_n[None, :], b_v1, b_v2,
                 True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
             )  # fmt: skip
         if GROUPS > 2:
             state2 = accumulate(
-                state2, in_group(b_s, b_label, 2, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+                state2, in_group(b_s, b_label, 2, LABELS), b_by, b_before, b_label, i, o_n[None, :], b_v1, b_v2,
                 True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
             )  # fmt: skip
         if GROUPS > 3:
             state3 = accumulate(
-                state3, in_group(b_s, b_label, 3, LABELS), 1.0, b_before, b_label, o_n[None, :], b_v1, b_v2,
+                state3, in_group(b_s, b_label, 3, LABELS), b_by, b_before, b_label, i, o_n[None, :], b_v1, b_v2,
                 True, V2, RAW, ENT, ARG, MASSES, TERMS, LABELS, OUT, PRECISION,
             )  # fmt: skip
     leave(
