@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 
 from steerlens import backends, decoder
-from steerlens.backends import reference, sdpa
-from steerlens.backends.call import Bias, Call
+from steerlens.backends import fused, reference, sdpa
+from steerlens.backends.call import Bias, Call, Cut
 from steerlens.edits import Plan, Reweight
 from steerlens.engine import Engine
 from steerlens.errors import MethodError, SpanError, SteeringStateError
@@ -217,9 +217,14 @@ class Steering:
         total, count = self._mass.get(layer, nothing)
         here = torch.zeros_like(total)
         real = now.real_rows()
+        cut = any(isinstance(edit, Cut) for edit in edits)
+        fast = fused.moved(call, edited) if self._engine.backend == "triton" and not cut else None
         for rows in reference.blocks(call, budget):
-            change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)
-            moved = (change * edited[:, :, None]).sum(-1)
+            if fast is None:
+                change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)
+                moved = (change * edited[:, :, None]).sum(-1)
+            else:
+                moved = fast[:, :, rows]
             counted = torch.ones_like(moved[:, 0]) if real is None else real[:, rows].float()
             here[own] += (moved * counted[:, None]).sum((0, 2))
             count = count + counted.sum()

@@ -98,7 +98,7 @@ def run(model, case, data, backend):
     return prefill, torch.stack(steps, 1)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", pytest.param("triton", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", [n for n in CASES if n not in NOT_FOLLOWED])
 def test_published_logits(name, backend, models):
     case = CASES[name]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from steerlens.kernels import attention as kernels
 
 from steerlens import backends
 from steerlens.backends import channels, sdpa
@@ -16,7 +17,7 @@ from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 from steerlens.passes import Pass, Prompt
 from steerlens.spans import Spans
 
-BACKENDS = ["reference", "sdpa", "sdpa-channels"]
+BACKENDS = ["reference", "sdpa", "sdpa-channels", "triton", "triton-prefill"]
 FACTS = ModelFacts("oracle", "llama", 1, (1,), (1,))
 X = (2.0, 1.0, 0.5, -1.0)
 A = [
@@ -30,10 +31,12 @@ DECODE = [0.42, 0.08, 0.28, 0.06, 0.04, 0.12]
 
 
 def compute(backend, call):
-    """`sdpa-channels` takes the path of long prefills, which these few rows would not."""
+    """`sdpa-channels` and `triton-prefill` take the path of long prefills, which these few rows would not."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "sdpa-channels":
             patch.setattr(sdpa, "FEW_ROWS", 0)
+        if backend == "triton-prefill":
+            patch.setattr(kernels, "DECODE_ROWS", 0)
         return backends.attention(backend.partition("-")[0], call)
 
 

@@ -143,6 +143,17 @@ def test_many_span_groups_take_several_passes(model_of, prompts):
     assert found[0].shape == (2, 2, 18, 30) and apart(*found) < 1e-5
 
 
+def test_the_report_of_moved_mass_agrees_with_the_reference(model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+    found = []
+    for backend in ("triton", "reference"):
+        steered = steerlens.steer(model, [PASTA(0.1), ACT(0.2, 0.08)], SPANS["left"], backend=backend, report="mass")
+        with torch.no_grad(), steered:
+            model(input_ids=ids, attention_mask=mask)
+        found.append(torch.stack([row["delta_mass"] for row in steered.report().values()]))
+    assert apart(*found) < 1e-5 and found[1].abs().max() > 0.01
+
+
 class TestRefusals:
     def test_gradients(self, model_of, prompts):
         model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)

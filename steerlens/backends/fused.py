@@ -53,6 +53,11 @@ def statistics(
     return _supported(lambda: _statistics(call, heads, groups, counted, stats))
 
 
+def moved(call: Call, keys: torch.Tensor) -> torch.Tensor:
+    """How the edits of a call without ablations change the mass on `keys`, bool [B, H, Tk]; fp32 [B, H, Tq]."""
+    return _supported(lambda: _moved(call, keys))
+
+
 def _supported(run: Callable[[], Any]) -> Any:
     try:
         return run()
@@ -95,23 +100,13 @@ def _attention(call: Call) -> torch.Tensor:
 def _statistics(
     call: Call, heads: list[int], groups: torch.Tensor, counted: torch.Tensor, stats: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
-    from steerlens.kernels.attention import attention as kernel
     from steerlens.kernels.column_sums import column_sums
 
-    terms: Terms = []
-    for edit in call.edits:
-        assert not isinstance(edit, Cut)
-        terms.append((edit.weights, edit.keys[:, None]) if isinstance(edit, Bias) else _as_term(call, edit, terms))
+    terms = _all_terms(call)
     found: dict[str, torch.Tensor] = {}
 
     def measure(wanted: list[str], measured: tuple[torch.Tensor, ...] = ()) -> Any:
-        nothing = torch.zeros(1, call.query.shape[1], 1, device=call.query.device)
-        more = terms + [(nothing, keys[:, None]) for keys in measured]
-        marked = _marked(call, more, keep=not measured)
-        return kernel(
-            call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, heads=_chosen(call, heads),
-            stats=wanted, output=False,
-        )  # fmt: skip
+        return _measure(call, heads, terms, [keys[:, None] for keys in measured], wanted)
 
     names = {"lse": "lse_before", "entropy": "entropy", "argmax": "argmax", "mass": "mass"}
     wanted = [stat for stat in stats if stat in names]
@@ -133,6 +128,33 @@ def _statistics(
             heads=_chosen(call, heads),
         )  # fmt: skip
     return found
+
+
+def _moved(call: Call, keys: torch.Tensor) -> torch.Tensor:
+    heads, terms = list(range(call.query.shape[1])), _all_terms(call)
+    after, before = (_measure(call, heads, given, [keys], ["mass"]).mass for given in (terms, []))
+    return after[..., len(terms)] - before[..., 0]
+
+
+def _all_terms(call: Call) -> Terms:
+    """All edits of a call without ablations as terms."""
+    terms: Terms = []
+    for edit in call.edits:
+        assert not isinstance(edit, Cut)
+        terms.append((edit.weights, edit.keys[:, None]) if isinstance(edit, Bias) else _as_term(call, edit, terms))
+    return terms
+
+
+def _measure(call: Call, heads: list[int], terms: Terms, measured: list[torch.Tensor], wanted: list[str]) -> Any:
+    """Statistics under `terms`; masses of those and then of the `measured` keys, bool [B or 1, H or 1, Tk] each."""
+    from steerlens.kernels.attention import attention as kernel
+
+    nothing = torch.zeros(1, call.query.shape[1], 1, device=call.query.device)
+    marked = _marked(call, terms + [(nothing, keys) for keys in measured], keep=not measured)
+    return kernel(
+        call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, heads=_chosen(call, heads),
+        stats=wanted, output=False,
+    )  # fmt: skip
 
 
 def _chosen(call: Call, heads: list[int]) -> torch.Tensor | None:
