@@ -1,7 +1,14 @@
-"""Fixtures: small random models and padded prompts."""
+"""Fixtures: small random models and padded prompts; without a GPU, Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from small_models import build
 
 torch.set_num_threads(1)
