@@ -210,15 +210,14 @@ def allowed(query, key, value, want, weights, keywords) -> float:
     else:
         names = ("scaling", "offset", "window", "softcap", "mask", "labels")
         _, x, terms = definition.logits(query, key, *map(keywords.get, names), torch.float64)
-        bias = torch.zeros_like(x) if keywords.get("mask") is None else torch.where(x.isneginf(), 0, x) * 0
-        if keywords.get("mask") is not None and keywords["mask"].is_floating_point():
-            bias = bias + keywords["mask"]
+        mask = keywords.get("mask")
+        bias = x.new_zeros(x.shape) if mask is None or mask.dtype == torch.bool else mask.to(x.dtype)
         for t, inside in enumerate(terms if keywords.get("bias") is not None else ()):
             bias = torch.where(inside, bias + keywords["bias"][..., t, None], bias)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        mask = bias.masked_fill(x.isneginf(), -torch.inf).to(query.dtype)
+        bias = bias.masked_fill(x.isneginf(), -torch.inf).to(query.dtype)
         plain = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=keywords.get("scaling")
+            query, key, value, attn_mask=bias, scale=keywords.get("scaling")
         ).nan_to_num()
     return 2 * (plain.double() - want).abs().max().item() + torch.finfo(query.dtype).eps * largest
 
@@ -239,4 +238,16 @@ def check_columns(query, key, value, *, counted=None, heads=None, **keywords) ->
     assert torch.equal(observers.double(), want[1])
 
 
-__all__ = ["DEVICE", "DTYPES", "Labels", "Make", "check", "check_columns", "close", "on_path", "poisoned", "stats_of"]
+__all__ = [
+    "DEVICE",
+    "DTYPES",
+    "GARBAGE",
+    "Labels",
+    "Make",
+    "check",
+    "check_columns",
+    "close",
+    "on_path",
+    "poisoned",
+    "stats_of",
+]

@@ -117,7 +117,7 @@ STATIC = {
         "labels": Labels.of(terms=terms(m, 0.2)),
         "bias": m.normal(1, m.H, 1, 1),
         "softcap": 2.0,
-        "sinks": m.normal(m.H),
+        "sinks": m.normal(m.H) + 3,
     },
     "terms beside a mask": lambda m: {
         "labels": Labels.of(terms=terms(m, 0.2, 0.2)),
@@ -132,7 +132,7 @@ STATIC = {
     "raw with gates and sinks": lambda m: {
         "labels": Labels.of(terms=terms(m, 0.4)),
         "bias": torch.where(m.chance(0.5, 1, m.H, m.Tq, 1), -torch.inf, 3.0),
-        "sinks": m.normal(m.H),
+        "sinks": m.normal(m.H) + 4,
         "law": Law("raw"),
     },
     "raw that gates all keys": lambda m: {
@@ -154,7 +154,7 @@ LAWS = {
     ),
     "last keys in group 1": lambda m: keep(m, Labels.of(group=m.between(m.Tk - 18, m.Tk).int()), 0.4, window=9),
     "keep with terms, masses and sinks": lambda m: keep(
-        m, two(m, terms=terms(m, 0.2, 0.3)), bias=m.normal(1, m.H, m.Tq, 2), sinks=m.normal(m.H)
+        m, two(m, terms=terms(m, 0.2, 0.3)), bias=m.normal(1, m.H, m.Tq, 2), sinks=m.normal(m.H) + 4
     ),
     "keep where sinks are all of group 0": lambda m: keep(m, two(m, 2.0), 0.4, sinks=m.normal(m.H)),
     "keep in some rows": lambda m: {"labels": two(m), "law": Law.keep(m.uniform(m.B, m.H), rows=rows(m))},
@@ -262,7 +262,7 @@ def test_larger_shapes(name, path, Tq, Tk):
     check(*qkv, path=path, stats=stats_of(keywords), **keywords)
 
 
-LEAN = ["plain", "softcap", "two terms that overlap, bias by row", "raw", "keep with terms, masses and sinks", *CUT]
+LEAN = ["plain", "two terms that overlap, bias by row", "raw", "keep with terms, masses and sinks", *CUT]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -313,6 +313,29 @@ def test_the_lowest_of_equal_keys_is_the_argmax(path):
     group[..., 5:9] = 1
     got = check(query, key, value, path=path, stats=("argmax",), **keep(m, Labels.of(group=group), 1.0))
     assert set(got.argmax.unique().tolist()) <= {*range(6), 9}, "the lowest of group 1 is 5, of group 0 9"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_lowest_of_equal_keys_is_the_argmax_across_groups(first, path):
+    m = Make(seed=3, Tq=PATHS[path], Tk=4)
+    query, key, value = m.qkv()
+    key[:] = key[:, :, :1]
+    labels = Labels.of(group=torch.tensor([[[first, first, 1 - first, 1 - first]]], device=key.device))
+    got = check(query, key, value, path=path, stats=("argmax",), offset=4, **keep(m, labels, 1.0))
+    assert (got.argmax == 0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", [None, 9, 17])
+def test_every_alignment_of_rows_keys_and_windows(window, path):
+    """Tiles at the edges of causality and window, for every distance of the first row from the edge of a tile."""
+    m = Make(H=1, Tq=PATHS[path], Tk=50, D=8, seed=8)
+    qkv = m.qkv()
+    for offset in range(20, 36):
+        check(*qkv, path=path, offset=offset, window=window)
+    for offset in range(20, 36):
+        check(*qkv, path=path, offset=offset, window=window, cut=cut(m, 1, 1) * 0 + 1)
 
 
 SHAPES = [

@@ -47,6 +47,14 @@ def test_only_counted_rows_and_wanted_heads(name):
     check_columns(*qkv, counted=counted, heads=heads, **keywords)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_every_alignment_of_rows_keys_and_windows(window):
+    m = Make(H=1, Tq=35, Tk=18, D=8, seed=8)
+    qkv = m.qkv()
+    for offset in range(-8, 8):
+        check_columns(*qkv, offset=offset, window=window)
+
+
 @pytest.mark.parametrize(("Tq", "Tk", "D"), [(1, 1, 8), (1, 33, 16), (16, 16, 80), (48, 32, 16), (64, 64, 7)])
 @pytest.mark.parametrize("counted", [False, True])
 def test_shapes(Tq, Tk, D, counted):
