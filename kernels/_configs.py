@@ -25,7 +25,7 @@ class Config:
     chosen_on: str = "static"
 
 
-INTERPRETER = Config(32, 32, 1, 1, 16, "interpreter")
+INTERPRETER = Config(16, 16, 1, 1, 16, "interpreter")
 CANDIDATES = (
     Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 128, 4, 2),
     Config(128, 32, 4, 4),

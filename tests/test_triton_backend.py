@@ -1,8 +1,11 @@
 """Backend `triton` in models: what the reference gives, call by call and cached; its captures; what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from small_models import build
+from steerlens.kernels import _configs
 from test_invariants import CORE, METHODS, apart, generate, logits, method_of, native_of
 
 import steerlens
@@ -32,6 +35,12 @@ GRID = [
     for name in METHODS
     if native == "eager" or native_of(family) == "sdpa"
 ]
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """Half the programs to interpret; the kernels' own tests look at the edges of tiles."""
+    monkeypatch.setattr(_configs, "INTERPRETER", dataclasses.replace(_configs.INTERPRETER, rows=32, keys=32))
 
 
 def one_each(backend, *args, **options):
