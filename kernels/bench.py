@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.smoke and not torch.cuda.is_available():
         parser.error("needs a CUDA device; --compile-only and --smoke do not")
     device = torch.device("cpu" if options.smoke else "cuda")
+    if options.smoke:
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     path = options.output or RECORDS / f"{_slug(torch.cuda.get_device_name(device))}.json"

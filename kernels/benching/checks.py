@@ -49,7 +49,7 @@ SETTINGS = (
     ("padding", "static"), ("window", "keep"), ("softcap", "static"), ("softcap", "reach"), ("sinks", "keep"),
     ("sinks", "static", "stats"), ("offset", "keep"), ("padding", "window", "transfer"), ("boolean", "keep"),
     ("additive", "static"), ("cut",), ("padding", "window", "cut_rows"), ("static", "stats"), ("keep", "stats"),
-    ("transfer", "stats"), ("window", "sinks", "softcap", "padding", "reach", "stats"),
+    ("transfer", "stats"), ("keep", "rows"), ("window", "sinks", "softcap", "padding", "reach", "stats"),
 )  # fmt: skip
 ALWAYS = ((), ("padding", "static"), ("padding", "sinks", "keep", "stats"))
 COLUMNS = ((), ("padding", "static"), ("window", "sinks"))
@@ -102,7 +102,7 @@ def launch(check: Check, device: torch.device) -> None:
     arguments = edit(check.shape, check.features, device)
     if check.kernel == "columns":
         lse = torch.zeros(check.shape.batch, check.shape.heads, check.shape.rows, device=device)
-        columns.column_sums(q, k, lse, **_of_columns(arguments))
+        columns.column_sums(q, k, lse, counted=_counted(check, device), **_of_columns(arguments))
     else:
         kernels.attention(q, k, v, **arguments)
 
@@ -177,7 +177,7 @@ def compare(found: Result, truth: Result, weights: torch.Tensor, allowed: float)
 def _columns(
     check: Check, q: torch.Tensor, k: torch.Tensor, arguments: dict[str, Any], truth: Result, weights: torch.Tensor
 ) -> Values:
-    counted = torch.arange(check.shape.rows, device=q.device)[None] % 3 != 1
+    counted = _counted(check, q.device)
     given = {name: arguments.get(name) for name in ("scaling", "offset", "window", "mask", "labels")}
     seen, _, _ = definition.logits(q, k, softcap=None, dtype=torch.float32, **given)
     sums, observers = definition.column_sums(q, k, weights, seen, counted)
@@ -187,6 +187,10 @@ def _columns(
     if not (values["error"] <= STATS and values["observers"] == 0):
         raise Failed(f"sums off by {values['error']:.2g}, observers by {values['observers']:.2g}", **values)
     return values
+
+
+def _counted(check: Check, device: torch.device) -> torch.Tensor:
+    return torch.arange(check.shape.rows, device=device)[None] % 3 != 1
 
 
 def _of_columns(arguments: dict[str, Any]) -> dict[str, Any]:

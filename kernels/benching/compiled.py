@@ -25,25 +25,37 @@ CPU = torch.device("cpu")
 
 
 def launches() -> dict[str, Callable[[], None]]:
-    """By name: what the checks, the timed rows and the tuning launch."""
+    """By name: what the checks, the timed rows and the tuning launch; what mostly compiles to the same comes last."""
     found: dict[str, Callable[[], None]] = {}
-    for shape in prefill.shapes(smoke=False):
-        for case in prefill.CASES:
-            if not case.index:
-                found[f"prefill {case.name} T={shape.rows}"] = functools.partial(prefill.launch, shape, case, CPU)
-        found[f"column sums T={shape.rows}"] = functools.partial(prefill.launch_column_sums, shape, CPU)
-    for shape in decode.shapes(smoke=False):
-        for case in decode.CASES:
-            name = f"decode {case.name} B={shape.batch} Tk={shape.keys}"
-            found[name] = functools.partial(decode.launch, shape, case, CPU)
+    first, *others = prefill.shapes(smoke=False)
+    small, *caches = decode.shapes(smoke=False)
+    _prefill(found, first)
+    _decode(found, small)
     for check in checks.grid(smoke=False):
         found[f"check {check.name}"] = functools.partial(checks.launch, check, CPU)
     shape = Shape(rows=tune.LENGTH, keys=tune.LENGTH)
     for case in prefill.CASES:
         for config in _configs.CANDIDATES if case.name in tune.CASES else ():
-            sizes = f"{config.rows}x{config.keys} w{config.warps} s{config.stages}"
+            sizes = " ".join(f"{name}={value}" for name, value in tune.sizes(config).items())
             found[f"tune {case.name} {sizes}"] = functools.partial(tune.launch, shape, case, config, CPU)
+    for shape in caches:
+        _decode(found, shape)
+    for shape in others:
+        _prefill(found, shape)
     return found
+
+
+def _prefill(found: dict[str, Callable[[], None]], shape: Shape) -> None:
+    for case in prefill.CASES:
+        if not case.index:
+            found[f"prefill {case.name} T={shape.rows}"] = functools.partial(prefill.launch, shape, case, CPU)
+    found[f"column sums T={shape.rows}"] = functools.partial(prefill.launch_column_sums, shape, CPU)
+
+
+def _decode(found: dict[str, Callable[[], None]], shape: Shape) -> None:
+    for case in decode.CASES:
+        name = f"decode {case.name} B={shape.batch} Tk={shape.keys}"
+        found[name] = functools.partial(decode.launch, shape, case, CPU)
 
 
 def compile_one(name: str, capability: int) -> list[Values]:

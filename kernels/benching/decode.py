@@ -12,7 +12,7 @@ from steerlens.kernels.benching import checks, peers
 from steerlens.kernels.benching.inputs import Shape, edit, qkv
 from steerlens.kernels.benching.prefill import Case, floor, ours, verdict
 from steerlens.kernels.benching.record import Record, Task, Values
-from steerlens.kernels.benching.timing import Call, Timer, against, agree, median, room
+from steerlens.kernels.benching.timing import Call, Timer, against, agree, checked, median, room
 
 BOUND = 1.05
 CASES = (
@@ -79,28 +79,29 @@ class Runs:
         call = self.way(name)
         own = kernels.attention(*self.inputs).output
         row = {"peer": name, "how": WAYS[name]} | self.shape.describe()
-        row |= agree(own, call(), 4 * torch.finfo(self.shape.dtype).eps)
-        times = self.timer.times({"own": call})["own"]
-        return row | times | self._floor(median(times))
+        allowed = 4 * torch.finfo(self.shape.dtype).eps
+
+        def measure() -> Values:
+            times = self.timer.times({"own": call})["own"]
+            return times | self._floor(median(times))
+
+        return checked(row, lambda: agree(own, call(), allowed), measure)
 
     def case(self, case: Case, where: str) -> Values:
         """Check a case, then time it beside the best way, by graph and by call."""
-        arguments = edit(self.shape, case.features, self.device)
-        call = ours(self.inputs, arguments, index=False)
-        row = {"kernel": "decode", "bound": case.bound} | self.shape.describe() | self._spot(call(), case)
-        way = self._best(where)
+        call = ours(self.inputs, edit(self.shape, case.features, self.device), index=False)
+        row = {"kernel": "decode", "bound": case.bound} | self.shape.describe()
+        return checked(row, lambda: self._spot(call(), case), lambda: self._beside(call, case, self._best(where)))
+
+    def _beside(self, call: Call, case: Case, way: str) -> Values:
         pair = {"own": call, "base": self.way(way)}
         times = self.timer.times(pair)
         found = against(times["own"], times["base"], "sdpa") | {"sdpa": way}
         plain = self.timer.times(pair, graphs=False)
         found |= {"call_ms": plain["own"]["ms"], "sdpa_call_ms": plain["base"]["ms"]}
         found["call_ratio"] = median(plain["own"]) / median(plain["base"])
-        return (
-            row
-            | found
-            | self._floor(median(times["own"]))
-            | verdict(found["ratio"], case.bound, self.record.gate("decode"))
-        )
+        found |= self._floor(median(times["own"]))
+        return found | verdict(found["ratio"], case.bound, self.record.gate("decode"))
 
     def _best(self, where: str) -> str:
         timed = {

@@ -52,14 +52,14 @@ class Shape:
 def qkv(
     shape: Shape, device: torch.device, seed: int = 0, hollow: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value; `hollow`: of the right shape over one row of memory, for compiling alone."""
+    """Query, key and value; `hollow`: heads and sequences share their memory, for compiling alone."""
     sizes = (
         (shape.batch, shape.heads, shape.rows, shape.dim),
         (shape.batch, shape.kv_heads, shape.keys, shape.dim),
         (shape.batch, shape.kv_heads, shape.keys, shape.value_dim),
     )
     if hollow:
-        return tuple(torch.zeros(size[-1], dtype=shape.dtype, device=device).expand(size) for size in sizes)  # type: ignore[return-value]
+        return tuple(torch.empty(size[2:], dtype=shape.dtype, device=device).expand(size) for size in sizes)  # type: ignore[return-value]
     generator = torch.Generator(device).manual_seed(seed)
     return tuple(torch.randn(size, generator=generator, device=device, dtype=shape.dtype) for size in sizes)  # type: ignore[return-value]
 

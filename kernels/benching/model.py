@@ -56,7 +56,7 @@ def build(size: Size, device: torch.device) -> Any:
     """The model on its device in its dtype from the start: no copy in fp32."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**size.shape, rope_theta=500000.0, dtype=size.dtype, tie_word_embeddings=False)
+    config = LlamaConfig(**size.shape, dtype=size.dtype, tie_word_embeddings=False)
     before = torch.get_default_dtype()
     torch.set_default_dtype(size.dtype)
     try:

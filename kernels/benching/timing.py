@@ -139,6 +139,22 @@ def agree(found: torch.Tensor, other: torch.Tensor, allowed: float) -> Values:
     return {"difference": difference}
 
 
+def checked(row: Values, check: Callable[[], Values], measure: Callable[[], Values]) -> Values:
+    """A row with what its check and its timing give; it is timed all the same if the check fails, on a red gate.
+
+    Raises:
+        Failed: with all values, if the check failed.
+    """
+    try:
+        row, reason = row | check(), None
+    except Failed as failed:
+        row, reason = row | failed.values, str(failed)
+    row |= measure()
+    if reason is not None:
+        raise Failed(reason, **row | {"gate": "red", "met": None})
+    return row
+
+
 def relative_spread(values: Values) -> float:
     """Interquartile range over the median."""
     return (values["ms"]["q3"] - values["ms"]["q1"]) / median(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -46,10 +47,15 @@ def tasks(timer: Timer, smoke: bool, importance: int) -> list[Task]:
     return found
 
 
+def sizes(config: Config) -> Values:
+    """A configuration without where it comes from."""
+    return {name: value for name, value in asdict(config).items() if name != "chosen_on"}
+
+
 def candidates(chosen: Config, among: Iterable[Config]) -> list[Config]:
     """The chosen one first, then the others."""
-    key = _sizes(chosen)
-    return [chosen, *(config for config in among if _sizes(config) != key)]
+    key = sizes(chosen)
+    return [chosen, *(config for config in among if sizes(config) != key)]
 
 
 def chosen(shape: Shape, case: prefill.Case, device: torch.device) -> Config:
@@ -71,7 +77,7 @@ def _prefill(timer: Timer, shape: Shape, case: prefill.Case, smoke: bool) -> Val
     for config in candidates(now, among):
         arguments = edit(shape, case.features, timer.device)
         with mock.patch.object(_configs, "prefill", lambda *_, config=config, **__: config):
-            times.append(_sizes(config) | _timed(timer, prefill.ours(inputs, arguments, index=False)))
+            times.append(sizes(config) | _timed(timer, prefill.ours(inputs, arguments, index=False)))
     return _summary(times) | shape.describe()
 
 
@@ -82,7 +88,7 @@ def _decode(timer: Timer, shape: Shape) -> Values:
     times = []
     for config in candidates(now, DECODE):
         with mock.patch.object(_configs, "decode", lambda *_, config=config, **__: config):
-            times.append(_sizes(config) | _timed(timer, prefill.ours(inputs, arguments, index=False)))
+            times.append(sizes(config) | _timed(timer, prefill.ours(inputs, arguments, index=False)))
     return _summary(times) | shape.describe()
 
 
@@ -118,7 +124,3 @@ def _summary(times: list[Values]) -> Values:
     named = {name: value for name, value in best.items() if name not in ("ms", "timed")}
     over = median(times[0]) / median(best) if "ms" in times[0] else None
     return {"fastest": named, "chosen_over_fastest": over, "candidates": times}
-
-
-def _sizes(config: Config) -> Values:
-    return {"rows": config.rows, "keys": config.keys, "warps": config.warps, "stages": config.stages}
