@@ -77,11 +77,14 @@ def decode(dim: int, dtype: torch.dtype, rows: int, groups: int) -> Config:
     """For split-KV decode of `rows` packed rows (a power of two from 16)."""
     if interpreted():
         return Config(rows, 16, 1, 1, 16, "interpreter")
+    warps = 4 if rows <= 32 else 8
     if dtype == torch.float32:
-        return Config(rows, 32, 4, 3) if dim <= 128 and rows <= 32 else Config(rows, 16, 4, 2)
+        if dim <= 128 and rows <= 32:
+            return Config(rows, 32, warps, 3)
+        return Config(rows, 16, warps, 1 if dim > 128 and rows > 32 else 2)
     if dim > 128:
-        return Config(rows, 32, 4, 3 if rows <= 32 else 2)
-    return Config(rows, 32 if groups > 2 else 64, 4, 3)
+        return Config(rows, 32, warps, 3 if rows <= 32 else 2)
+    return Config(rows, 32 if groups > 2 else 64, warps, 3)
 
 
 def columns(dim: int, dtype: torch.dtype) -> Config:
