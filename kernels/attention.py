@@ -332,5 +332,5 @@ def _outputs(
 
 def split_count(keys: int, programs: int, block: int, processors: int) -> int:
     """Into how many ranges `keys` are split, so that about two programs fall on each processor."""
-    most = min(MAX_SPLITS, max(1, keys // (4 * block)))
-    return max(1, min(most, triton.cdiv(2 * processors, programs)))
+    most = min(MAX_SPLITS, max(1, keys // (2 * block)))
+    return max(1, min(most, (2 * processors + programs // 2) // programs))
