@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
-import triton
 from steerlens.kernels._tiles import dots
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -133,12 +132,23 @@ def steps(table: torch.Tensor | None, axes: int) -> tuple[int, ...]:
     return tuple(0 if table.shape[i] == 1 else table.stride(i) for i in range(axes))
 
 
+def ceil_div(x: int, y: int) -> int:
+    """⌈x / y⌉; Triton's own costs microseconds a call."""
+    return -(-x // y)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two from `n` on."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache
 def widths(dim: int) -> tuple[int, int]:
     """Two powers of two that hold a head dim: (64, 16) for 80, (128, 64) for 192, (128, 0) for 128 and for 112."""
-    whole = max(16, triton.next_power_of_2(dim))
+    whole = max(16, power_of_two(dim))
     if whole == dim or dim <= 16:
         return whole, 0
-    rest = max(16, triton.next_power_of_2(dim - whole // 2))
+    rest = max(16, power_of_two(dim - whole // 2))
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 

@@ -15,6 +15,8 @@ GROUP_BITS = tl.constexpr(3)
 HIDDEN = tl.constexpr(4)
 FIRST_TERM = tl.constexpr(3)
 NOWHERE = tl.constexpr(2147483647)
+CHANGING = "Tq Tk T offset window start span splits rows_all s_b s_h s_lb s_lh s_mb s_mh s_mr".split()  # noqa: SIM905
+"""Arguments that grow with every token: a kernel is not compiled anew because one is 1 or divides by 16."""
 
 
 @triton.jit

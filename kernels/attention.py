@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from steerlens.kernels import _configs
 from steerlens.kernels._launch import (
     BOOLS,
     DTYPES,
+    ceil_div,
     check_attention,
     check_edits,
     check_table,
     inner,
     or_one,
+    power_of_two,
     precision,
     processors,
     refuse,
@@ -160,23 +161,23 @@ def attention(
         index = (found.before, found.tiles, found.keys)
     computed = {"lse" if stat == "lse_before" and not terms else stat for stat in stats}
     flags = sum(1 << STATS.index(stat) for stat in computed)
-    parts = torch.ops.steerlens.attention(
+    # The operator is for those who trace; its dispatch costs as much as a launch.
+    traced = type(query) is not torch.Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    parts = (torch.ops.steerlens.attention if traced else _compute)(
         query, key, value, None if labels is None else labels.bits, *(index or (None,) * 3), bias, table, rows, mask,
         sinks, cut, None if decoding else heads, kind, groups, terms, float(scaling), float(softcap or 0), offset,
         window or 0, flags, output,
     )  # fmt: skip
     if decoding and heads is not None:
-        parts = [part.index_select(1, heads) if part.numel() else part for part in parts]
-    out, lse, before, entropy, top, argmax, mass = parts
-    return Result(
-        out if output else None,
-        lse if "lse" in stats else None,
-        (before if terms else lse) if "lse_before" in stats else None,
-        entropy if "entropy" in stats else None,
-        argmax.long() if "argmax" in stats else None,
-        top if "argmax" in stats else None,
-        mass if "mass" in stats else None,
-    )
+        parts = [part.index_select(1, heads) for part in parts]
+    found = dict(zip(_names(flags, output), parts, strict=True))
+    if "lse_before" in stats and not terms:
+        found["lse_before"] = found["lse"]
+    if "lse" not in stats:
+        found.pop("lse", None)
+    if "argmax" in found:
+        found["argmax"] = found["argmax"].long()
+    return Result(**found)
 
 
 def is_decode(heads_per_kv: int, rows: int) -> bool:
@@ -213,8 +214,7 @@ def _law(
 Optional = torch.Tensor | None
 
 
-@torch.library.custom_op("steerlens::attention", mutates_args=())
-def _attention(
+def _compute(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: Optional, before: Optional, tiles: Optional,
     keys: Optional, bias: Optional, table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional,
     heads: Optional, law: int, groups: int, terms: int, scaling: float, softcap: float, offset: int, window: int,
@@ -225,8 +225,9 @@ def _attention(
     G, Tk, DV = key.shape[1], key.shape[2], value.shape[3]
     heads_per_kv = H // G
     h = H if heads is None else heads.shape[0]
-    found = _outputs(query, value, h, terms, stats, output)
-    out, lse, lse_before, entropy, top, argmax, mass = found
+    made = _outputs(query, value, h, terms, stats, output)
+    found = dict(zip(_names(stats, output), made, strict=True))
+    out, lse, lse_before = found.get("output"), found.get("lse"), found.get("lse_before")
     if bias is None and terms:
         bias = torch.zeros(1, 1, 1, terms, dtype=torch.float32, device=query.device)
     mask = None if mask is None else inner(mask)
@@ -240,14 +241,16 @@ def _attention(
     want = [bool(stats >> i & 1) for i in range(5)]
     flags = {
         "LSE": want[0] or want[1], "RAW": terms > 0 and (want[1] or law == 4), "ENT": want[2], "ARG": want[3],
-        "MASSES": triton.next_power_of_2(terms) if want[4] else 0, "OUT": output,
+        "MASSES": power_of_two(terms) if want[4] else 0, "OUT": output,
     }  # fmt: skip
     (D1, D2), (V1, V2) = widths(D), widths(DV)
     like = query
     # The law "raw" leaves the log-sum-exp without terms wherever the other is wanted.
-    before_terms = torch.empty_like(lse) if law == 4 and not want[1] else lse_before
-    outputs = (or_one(out, like), lse, before_terms, entropy, top, argmax, mass)
-    os = out.stride()[:3] if output else (0, 0, 0)
+    if law == 4 and lse is not None and lse_before is None:
+        lse_before = torch.empty_like(lse)
+    rest = (found.get(name) for name in ("entropy", "top", "argmax", "mass"))
+    outputs = tuple(or_one(t, like) for t in (out, lse, lse_before, *rest))
+    os = (0, 0, 0) if out is None else out.stride()[:3]
     shared = {
         "DV": DV, "V1": V1, "V2": V2, "GROUPS": groups, "TERMS": terms, "LAW": law, "ROWS": rows is not None,
         "SINKS": sinks is not None, "CUT": cut is not None,
@@ -261,12 +264,12 @@ def _attention(
     masks, cuts = steps(mask, 3), steps(cut, 3)
     if not (heads is None and is_decode(heads_per_kv, Tq)):
         config = _configs.prefill(max(D, DV), query.dtype, groups)
-        T = triton.cdiv(Tk, config.keys)
+        T = ceil_div(Tk, config.keys)
         # The index is laid out by rows and heads of its own; steps count (row, head) pairs.
         index = (0, 0) if before is None else (
             before.shape[1] if before.shape[0] > 1 else 0, 1 if before.shape[1] > 1 else 0,
         )  # fmt: skip
-        steered_prefill_kernel[(triton.cdiv(Tq, config.rows), h, B)](
+        steered_prefill_kernel[(ceil_div(Tq, config.rows), h, B)](
             query, key, value, *outputs, or_one(bits, like), or_one(before, like), or_one(tiles, like),
             or_one(keys, like), or_one(bias, like), or_one(table, like), or_one(rows, like), or_one(mask, like),
             or_one(sinks, like), or_one(cut, like), or_one(heads, like),
@@ -277,12 +280,12 @@ def _attention(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     else:
-        R = max(16, triton.next_power_of_2(heads_per_kv * Tq))
+        R = max(16, power_of_two(heads_per_kv * Tq))
         config = _configs.decode(max(D, DV), query.dtype, R, groups)
         start = 0 if kind or not window else max(0, offset - window + 1)
         stop = Tk if kind else max(start, min(Tk, offset + Tq))
         splits = split_count(stop - start, B * G, config.keys, processors(query.device))
-        span = triton.cdiv(triton.cdiv(stop - start, splits), config.keys) * config.keys
+        span = ceil_div(ceil_div(stop - start, splits), config.keys) * config.keys
         total, FIELDS = B * H * Tq, 5 + flags["MASSES"]
         part = torch.empty(splits, groups, total, FIELDS, dtype=torch.float32, device=query.device)
         place = torch.empty((splits, groups, total) if want[3] else (1,), dtype=torch.int32, device=query.device)
@@ -299,11 +302,14 @@ def _attention(
         steered_merge_kernel[(total,)](
             part, place, acc, *outputs, or_one(table, like), or_one(rows, like), or_one(sinks, like),
             or_one(cut, like), *os, *laws, *steps(rows, 1), *cuts, H, Tq, total, splits,
-            **shared, **flags, FIELDS=FIELDS, S=triton.next_power_of_2(splits), num_warps=4,
+            **shared, **flags, FIELDS=FIELDS, S=power_of_two(splits), num_warps=4,
         )  # fmt: skip
-    if cut is not None and output:
+    if cut is not None and out is not None:
         prefix_mean(out, value, mask, bits, cut, heads_per_kv, heads, offset, window)
-    return found
+    return made
+
+
+_attention = torch.library.custom_op("steerlens::attention", _compute, mutates_args=())
 
 
 @_attention.register_fake
@@ -314,20 +320,29 @@ def _fake(
     return _outputs(query, value, query.shape[1] if heads is None else heads.shape[0], terms, stats, output)
 
 
+def _names(stats: int, output: bool) -> list[str]:
+    """What the operator returns, in order; with `lse_before` it gives `lse` too."""
+    lse, before, entropy, argmax, mass = (bool(stats >> i & 1) for i in range(5))
+    wanted = {
+        "output": output, "lse": lse or before, "lse_before": before, "entropy": entropy, "top": argmax,
+        "argmax": argmax, "mass": mass,
+    }  # fmt: skip
+    return [name for name, given in wanted.items() if given]
+
+
 def _outputs(
     query: torch.Tensor, value: torch.Tensor, h: int, terms: int, stats: int, output: bool
 ) -> list[torch.Tensor]:
     B, _, Tq, _ = query.shape
-    want = [bool(stats >> i & 1) for i in range(5)]
-    # One row of heads after the other, as the models want it: [B, Tq, h, Dv] in memory.
-    out = value.new_empty((B, Tq, h, value.shape[3]) if output else (1, 0, 1, 1)).transpose(1, 2)
-
-    def table(wanted: bool, dtype: torch.dtype = torch.float32, more: tuple[int, ...] = ()) -> torch.Tensor:
-        return query.new_empty((B, h, Tq, *more) if wanted else (0,), dtype=dtype)
-
-    argmax = table(want[3], torch.int32)
-    mass = table(want[4], more=(terms,))
-    return [out, table(want[0] or want[1]), table(want[1]), table(want[2]), table(want[3]), argmax, mass]
+    found = []
+    for name in _names(stats, output):
+        if name == "output":
+            # One row of heads after the other, as the models want it: [B, Tq, h, Dv] in memory.
+            found.append(value.new_empty(B, Tq, h, value.shape[3]).transpose(1, 2))
+            continue
+        dtype = torch.int32 if name == "argmax" else torch.float32
+        found.append(query.new_empty((B, h, Tq, terms) if name == "mass" else (B, h, Tq), dtype=dtype))
+    return found
 
 
 def split_count(keys: int, programs: int, block: int, processors: int) -> int:

@@ -17,6 +17,7 @@ import triton.language as tl
 from steerlens.kernels import _configs
 from steerlens.kernels._launch import (
     BOOLS,
+    ceil_div,
     check_attention,
     check_edits,
     check_table,
@@ -27,11 +28,11 @@ from steerlens.kernels._launch import (
     steps,
     widths,
 )
-from steerlens.kernels._tiles import HIDDEN, LOG2E, capped, dots, load_rows, seen_logits
+from steerlens.kernels._tiles import CHANGING, HIDDEN, LOG2E, capped, dots, load_rows, seen_logits
 from steerlens.kernels.key_index import Labels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def column_sums_kernel(
     p_q, p_k, p_lse, p_counted, p_sums, p_observers, p_bits, p_bias, p_mask, p_heads,
     s_qb, s_qh, s_qr: tl.constexpr, s_kb, s_kh, s_kn, s_xb, s_xh, s_ab, s_lb, s_lh, s_ub, s_uh, s_ur, s_ut,
@@ -196,7 +197,7 @@ def _column_sums(
     counted = None if counted is None else inner(counted.view(torch.uint8))
     bits = None if bits is None else inner(bits)
     (D1, D2), config = widths(D), _configs.columns(D, query.dtype)
-    column_sums_kernel[(triton.cdiv(Tk, config.keys), h, B)](
+    column_sums_kernel[(ceil_div(Tk, config.keys), h, B)](
         query, key, lse, or_one(counted, lse), sums, observers, or_one(bits, lse), or_one(bias, lse),
         or_one(mask, lse), or_one(heads, lse),
         *query.stride()[:3], *key.stride()[:3], *lse.stride()[:2], *steps(counted, 1), *steps(bits, 2),

@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 import torch
 import triton
 import triton.language as tl
-from steerlens.kernels._launch import FIRST_TERM, HIDDEN, MAX_GROUPS, MAX_TERMS, refuse
+from steerlens.kernels._launch import (
+    FIRST_TERM,
+    HIDDEN,
+    MAX_GROUPS,
+    MAX_TERMS,
+    ceil_div,
+    refuse,
+)
+from steerlens.kernels._tiles import CHANGING
 
 
 @dataclass
@@ -103,7 +111,7 @@ class Index:
     keys: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def count_kernel(p_bits, p_count, s_b, s_h, H, T, Tk, GROUPS: tl.constexpr, N: tl.constexpr):
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_n = i_t * N + tl.arange(0, N)
@@ -121,7 +129,7 @@ def count_kernel(p_bits, p_count, s_b, s_h, H, T, Tk, GROUPS: tl.constexpr, N: t
         tl.store(p + (1 + g) * T, tl.sum(tl.where(b_seen & (b_group == g), 1, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def fill_kernel(p_bits, p_before, p_tiles, p_keys, s_b, s_h, H, T, Tk, GROUPS: tl.constexpr, N: tl.constexpr):
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_row = i_b * H + i_h
@@ -147,7 +155,7 @@ def index(bits: torch.Tensor, groups: int, block: int) -> Index:
 @torch.library.custom_op("steerlens::key_index", mutates_args=())
 def _key_index(bits: torch.Tensor, groups: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, H, Tk = bits.shape
-    T = triton.cdiv(Tk, block)
+    T = ceil_div(Tk, block)
     bits = bits if bits.stride(2) == 1 else bits.contiguous()
     count = torch.empty(B, H, 1 + groups, T, dtype=torch.int32, device=bits.device)
     strides = (bits.stride(0), bits.stride(1))

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +31,7 @@ class Compiled:
     Attributes:
         registers: per thread; spilled: bytes of stack per thread; shared: bytes of shared memory per program.
         matrix: matrix instructions in the machine code's source (wgmma, or mma before sm_90).
+        code: the machine code.
     """
 
     name: str
@@ -40,6 +41,20 @@ class Compiled:
     spilled: int
     shared: int
     matrix: int
+    code: bytes = field(repr=False)
+
+    def loops(self) -> list[Loop]:
+        """The innermost loops that multiply matrices, in the order of the machine code."""
+        return _loops(_dump(self.code, "--dump-sass"))
+
+
+@dataclass
+class Loop:
+    """One loop: instructions, matrix instructions and accesses to spilled registers per iteration."""
+
+    instructions: int
+    matrix: int
+    spills: int
 
 
 class _Absent:
@@ -88,14 +103,33 @@ def compiled(capability: int = 90) -> Iterator[list[Compiled]]:
 
 
 def _read(kernel: Any) -> Compiled:
+    code, meta = kernel.asm["cubin"], kernel.metadata
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", _dump(code, "--dump-resource-usage"))}
+    matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync", kernel.asm["ptx"]))
+    return Compiled(meta.name, meta.num_warps, meta.num_stages, usage["REG"], usage["STACK"], meta.shared, matrix, code)
+
+
+def _dump(code: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(code)
         file.flush()
-        text = subprocess.run(
-            [_TOOLS / "cuobjdump", "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    ptx = kernel.asm["ptx"]
-    matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
-    meta = kernel.metadata
-    return Compiled(meta.name, meta.num_warps, meta.num_stages, usage["REG"], usage["STACK"], meta.shared, matrix)
+        command = [_TOOLS / "cuobjdump", what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _loops(sass: str) -> list[Loop]:
+    listing = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    spans: list[tuple[int, int]] = []
+    for at, text in listing:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            spans.append((int(back[1], 16), at))
+    found = []
+    for start, stop in spans:
+        if any(start <= a and b <= stop for a, b in spans if (a, b) != (start, stop)):
+            continue
+        body = [text for at, text in listing if start <= at <= stop]
+        matrix = sum("HGMMA" in text or "HMMA" in text for text in body)
+        if matrix:
+            found.append(Loop(len(body), matrix, sum("LDL" in text or "STL" in text for text in body)))
+    return found

@@ -14,11 +14,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from steerlens.kernels._launch import interpreted, or_one, precision, steps, widths
-from steerlens.kernels._tiles import load_rows, store_rows
+from steerlens.kernels._launch import (
+    ceil_div,
+    interpreted,
+    or_one,
+    precision,
+    steps,
+    widths,
+)
+from steerlens.kernels._tiles import CHANGING, load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def tile_sum_kernel(
     p_v, p_sum, p_count, p_bits, p_cut, p_heads, s_vb, s_vh, s_vn, s_lb, s_lh, s_cb, s_ch, s_cr, h, heads_per_kv, T, Tk,
     DV: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, LABELS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr,
@@ -67,7 +74,7 @@ def weighted(
     return b_a1, b_a2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def prefix_mean_kernel(
     p_v, p_o, p_sum, p_count, p_bits, p_mask, p_cut, p_heads,
     s_vb, s_vh, s_vn, s_ob, s_oh, s_or, s_lb, s_lh, s_mb, s_mh, s_mr, s_cb, s_ch, s_cr,
@@ -164,7 +171,7 @@ def prefix_mean(
     Tk = value.shape[2]
     V1, V2 = widths(DV)
     N = 16 if interpreted() else 64
-    T = triton.cdiv(Tk, N)
+    T = ceil_div(Tk, N)
     kind = 0 if mask is None else 2 if mask.is_floating_point() else 1
     labels, cuts, like = steps(bits, 2), steps(cut, 3), value
     sums, counts = like, like
@@ -180,7 +187,7 @@ def prefix_mean(
         sums = torch.nn.functional.pad(total.cumsum(2, dtype=torch.float64), (0, 0, 1, 0))
         counts = torch.nn.functional.pad(count.cumsum(2, dtype=torch.int32), (1, 0))
     R = N
-    prefix_mean_kernel[(triton.cdiv(Tq, R), h, B)](
+    prefix_mean_kernel[(ceil_div(Tq, R), h, B)](
         value, out, sums, counts, or_one(bits, like), or_one(mask, like), cut, or_one(heads, like),
         *value.stride()[:3], *out.stride()[:3], *labels, *steps(mask, 3), *cuts,
         h, heads_per_kv, Tq, Tk, T, offset, window,

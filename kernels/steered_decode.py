@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from steerlens.kernels._tiles import (
+    CHANGING,
     HIDDEN,
     LOG2E,
     NOWHERE,
@@ -50,7 +51,7 @@ def leave(
         store_rows(p_acc + o_at * DV, state[2], state[3], m_r, DV, V1, V2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def steered_decode_kernel(
     p_q, p_k, p_v, p_part, p_place, p_acc, p_bits, p_bias, p_mask, p_cut,
     s_qb, s_qh, s_qr, s_kb, s_kh, s_kn: tl.constexpr, s_vb, s_vh, s_vn: tl.constexpr, s_lb, s_lh,
@@ -187,7 +188,7 @@ def merged(
     return b_one + b_m, b_one + tl.sum(b_w * b_ls, 0), b_acc1, b_acc2, b_raw, b_ent, b_top, b_pos, b_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def steered_merge_kernel(
     p_part, p_place, p_acc, p_o, p_lse, p_before_lse, p_ent, p_top, p_pos, p_mass, p_law, p_rows, p_sinks, p_cut,
     s_ob, s_oh, s_or, s_wb, s_wh, s_ab, s_cb, s_ch, s_cr, H, Tq, rows_all, splits,

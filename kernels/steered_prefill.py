@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from steerlens.kernels._tiles import (
+    CHANGING,
     GROUP_BITS,
     HIDDEN,
     LOG2E,
@@ -90,7 +91,7 @@ def gathered(
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def steered_prefill_kernel(
     p_q, p_k, p_v, p_o, p_lse, p_before_lse, p_ent, p_top, p_pos, p_mass,
     p_bits, p_before, p_tiles, p_keys, p_bias, p_law, p_rows, p_mask, p_sinks, p_cut, p_heads,

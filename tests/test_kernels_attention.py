@@ -383,7 +383,7 @@ def test_long_keys_are_split_in_ranges(heads, groups, rows):
 def test_splits_fill_the_processors_and_stay_worth_their_while():
     assert split_count(1 << 20, 8, 64, 132) == 33
     assert split_count(1 << 20, 1, 64, 132) == 64
-    assert split_count(1000, 1, 64, 132) == 3
+    assert split_count(1000, 1, 64, 132) == 7
     assert split_count(0, 1, 64, 132) == split_count(10, 9, 64, 4) == 1
 
 

@@ -67,6 +67,8 @@ def _supported(run: Callable[[], Any]) -> Any:
         raise UnsupportedError(f"backend 'triton': {error}; or use 'auto', 'sdpa' or 'reference'") from error
 
 
+STEPS = 512
+"""Room for so many generated keys behind labels that are kept."""
 Terms = list[tuple[torch.Tensor, torch.Tensor]]
 """Weights, fp32 [B or 1, H, Tq or 1], and keys, bool [B or 1, H or 1, Tk]."""
 
@@ -78,21 +80,23 @@ def _attention(call: Call) -> torch.Tensor:
     cuts = [edit for edit in call.edits if isinstance(edit, Cut)]
     moves = [edit for edit in call.edits if not isinstance(edit, Cut)]
     terms: Terms = []
-    law = group = None
+    law = marked = None
     for number, edit in enumerate(moves):
         if isinstance(edit, Bias):
             terms.append((edit.weights, edit.keys[:, None]))
         elif number < len(moves) - 1:
             terms.append(_as_term(call, edit, terms))
         else:
-            keys = edit.find(_summer(call, edit.heads, terms))
-            group = _spread(call, edit.heads, keys)
             table = _keep_table(tuple(edit.heads), edit.fraction, call.query.shape[1], call.query.device)
             law = Law("transfer", table, edit.rows)
+            marked = None if terms else _frozen(call, edit)
+            if marked is None:
+                keys = edit.find(_summer(call, edit.heads, terms))
+                marked = _marked(call, terms, _spread(call, edit.heads, keys))
+    marked = _marked(call, terms) if marked is None else marked
     found = kernel(
-        call.query, call.key, call.value, **_seen(call), sinks=call.sinks,
-        **_marked(call, terms, group), law=law, cut=_cut(call, cuts),
-    )  # fmt: skip
+        call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, law=law, cut=_cut(call, cuts)
+    )
     assert found.output is not None
     return found.output
 
@@ -203,6 +207,28 @@ def _marked(
         # with the terms, so that what the key is made of names nothing else
         call.memo[key] = (list(terms), found)
     return call.memo[key][1]  # type: ignore[index, no-any-return]
+
+
+def _frozen(call: Call, edit: KeepMass) -> dict[str, Any] | None:
+    """`_marked` of one cached step for keys that do not change from step to step: their labels are kept."""
+    from steerlens.kernels.key_index import Labels
+
+    few = edit.few() if call.query.shape[2] == 1 else None
+    if few is None:
+        return None
+    Tk, kept = call.key.shape[2], few.kept
+    # A cache that moves along numbers its keys anew, and its index is another tensor.
+    if kept.get("index") is not few.index or kept["labels"].shape[2] < Tk:
+        group = torch.zeros(*few.index.shape[:2], Tk + STEPS, dtype=torch.uint8, device=few.index.device)
+        group.scatter_reduce_(2, few.index, few.meant.to(torch.uint8), "amax")
+        kept["index"], kept["labels"] = few.index, _spread(call, edit.heads, group)
+    bits = kept["labels"][..., :Tk]
+    if call.real is not None and _structured(call):
+        if "pads" not in call.memo:
+            call.memo["pads"] = Labels.of(hidden=call.real.logical_not()[:, None]).bits
+        pads: Any = call.memo["pads"]
+        bits = bits | pads
+    return {"labels": Labels(bits, groups=2)}
 
 
 def _labels(call: Call, terms: Terms, group: torch.Tensor | None, hidden: torch.Tensor | None) -> dict[str, Any]:
