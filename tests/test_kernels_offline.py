@@ -85,7 +85,7 @@ def test_on_sm_90_every_kernel_uses_the_tensor_cores_and_fits(tmp_path):
     # tiles without labels cost what plain attention costs: the first loop is as long but for the number of the tile
     plain, static, keep = (made[f"90 {name}"][-1]["loops"][0] for name in ("plain", "static", "keep"))
     for loop in (static, keep):
-        assert loop["instructions"] <= 1.01 * plain["instructions"] and loop["matrix"] == plain["matrix"]
+        assert loop["instructions"] <= 1.02 * plain["instructions"] and loop["matrix"] == plain["matrix"]
         assert loop["spills"] == plain["spills"] == 0
 
 
