@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_models import build
+from steerlens.kernels import attention, column_sums, key_index, prefix_mean
 
 import steerlens
 from steerlens.bench import memory
@@ -20,7 +21,7 @@ def peak(run) -> int:
     return most
 
 
-def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=2):
+def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=2, backend="auto"):
     """Bytes over the native run, and the bound."""
     native = "eager" if family == "gemma2" else "sdpa"
     window = {"sliding_window": 256} if family in ("mistral", "gemma2") else {}
@@ -44,7 +45,7 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
             model(ids, attention_mask=mask, logits_to_keep=1)
 
     before = peak(run)
-    with steerlens.steer(model, method, [[(9, 40), (90, 99)], [(400, 420)]][-batch:]) as steered:
+    with steerlens.steer(model, method, [[(9, 40), (90, 99)], [(400, 420)]][-batch:], backend=backend) as steered:
         found = peak(run) - before
         assert all(layer["calls"] for layer in steered.report().values())
     return found, 2 * batch * T * head_dim * 4 * (heads + 2 * kv_heads)
@@ -68,6 +69,27 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
 def test_extra_memory(family, kv_heads, method, padded):
     found, bound = extra(family, method, 2048, 8, kv_heads, 32, padded)
     assert found <= bound
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama-gqa", STATIC), ("llama-gqa", SINKS), ("llama-gqa", MASKED), ("mistral", SINKS), ("gemma2", PASTA(0.1))],
+    ids=["zerotuning", "act", "headmask", "window-act", "softcap"],
+)
+def test_extra_memory_beside_the_kernels(family, method, padded, monkeypatch):
+    """Kernels allocate nothing themselves, so that all there is to see is there without running them."""
+
+    class Idle:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(grid)
+
+    launched = []
+    for module in (attention, column_sums, key_index, prefix_mean):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Idle())
+    found, bound = extra(family, method, 2048, 8, 4, 32, padded, backend="triton")
+    assert launched and found <= bound
 
 
 @pytest.mark.parametrize(
