@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from steerlens.kernels import _configs
@@ -15,7 +17,6 @@ from steerlens.kernels._launch import (
     check_edits,
     check_table,
     inner,
-    or_one,
     power_of_two,
     precision,
     processors,
@@ -214,6 +215,36 @@ def _law(
 Optional = torch.Tensor | None
 
 
+class _Constants(NamedTuple):
+    """What each kernel is compiled for, and how many fields a partial result has."""
+
+    prefill: dict[str, Any]
+    decode: dict[str, Any]
+    merge: dict[str, Any]
+    fields: int
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    D: int, DV: int, dtype: torch.dtype, groups: int, terms: int, law: int, kind: int, stats: int, output: bool,
+    labels: bool, rows: bool, sinks: bool, cut: bool, window: bool, softcap: bool,
+) -> _Constants:  # fmt: skip
+    (D1, D2), (V1, V2) = widths(D), widths(DV)
+    lse, before, entropy, argmax, mass = (bool(stats >> i & 1) for i in range(5))
+    shared = {
+        "DV": DV, "V1": V1, "V2": V2, "GROUPS": groups, "TERMS": terms, "RAW": terms > 0 and (before or law == 4),
+        "ENT": entropy, "ARG": argmax, "MASSES": power_of_two(terms) if mass else 0, "OUT": output,
+    }  # fmt: skip
+    loops = shared | {
+        "D": D, "D1": D1, "D2": D2, "LABELS": labels, "MASK": kind, "WINDOW": window, "SOFTCAP": softcap,
+        "PRECISION": precision(dtype),
+    }  # fmt: skip
+    ends = {"LAW": law, "ROWS": rows, "SINKS": sinks, "CUT": cut, "LSE": lse or before}
+    fields = {"FIELDS": 5 + shared["MASSES"]}
+    early = {"EARLY": cut and stats == 0}
+    return _Constants(loops | ends, loops | fields | early, shared | ends | fields, fields["FIELDS"])
+
+
 def _compute(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: Optional, before: Optional, tiles: Optional,
     keys: Optional, bias: Optional, table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional,
@@ -227,55 +258,47 @@ def _compute(
     h = H if heads is None else heads.shape[0]
     made = _outputs(query, value, h, terms, stats, output)
     found = dict(zip(_names(stats, output), made, strict=True))
-    out, lse, lse_before = found.get("output"), found.get("lse"), found.get("lse_before")
     if bias is None and terms:
         bias = torch.zeros(1, 1, 1, terms, dtype=torch.float32, device=query.device)
     mask = None if mask is None else inner(mask)
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    if kind == 1:
+    if mask is not None and kind == 1:
         mask = mask.view(torch.uint8)
     rows = None if rows is None else inner(rows.view(torch.uint8))
     sinks = None if sinks is None else sinks.contiguous()
     heads = None if heads is None else heads.contiguous()
     bits = None if bits is None else inner(bits)
-    want = [bool(stats >> i & 1) for i in range(5)]
-    flags = {
-        "LSE": want[0] or want[1], "RAW": terms > 0 and (want[1] or law == 4), "ENT": want[2], "ARG": want[3],
-        "MASSES": power_of_two(terms) if want[4] else 0, "OUT": output,
-    }  # fmt: skip
-    (D1, D2), (V1, V2) = widths(D), widths(DV)
-    like = query
     # The law "raw" leaves the log-sum-exp without terms wherever the other is wanted.
-    if law == 4 and lse is not None and lse_before is None:
-        lse_before = torch.empty_like(lse)
-    rest = (found.get(name) for name in ("entropy", "top", "argmax", "mass"))
-    outputs = tuple(or_one(t, like) for t in (out, lse, lse_before, *rest))
+    if law == 4 and "lse" in found and "lse_before" not in found:
+        found["lse_before"] = torch.empty_like(found["lse"])
+    outputs = [found.get(name, query) for name in ("output", "lse", "lse_before", "entropy", "top", "argmax", "mass")]
+    out = found.get("output")
     os = (0, 0, 0) if out is None else out.stride()[:3]
-    shared = {
-        "DV": DV, "V1": V1, "V2": V2, "GROUPS": groups, "TERMS": terms, "LAW": law, "ROWS": rows is not None,
-        "SINKS": sinks is not None, "CUT": cut is not None,
-    }  # fmt: skip
-    more = {
-        "D": D, "D1": D1, "D2": D2, "LABELS": bits is not None, "MASK": kind, "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0, "PRECISION": precision(query.dtype),
-    }  # fmt: skip
     qkv = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     labels, biases, laws = steps(bits, 2), (*steps(bias, 3), 1 if bias is None else bias.stride(3)), steps(table, 2)
-    masks, cuts = steps(mask, 3), steps(cut, 3)
+    masks, cuts, law_rows = steps(mask, 3), steps(cut, 3), steps(rows, 1)
+    constants = _constants(
+        D, DV, query.dtype, groups, terms, law, kind, stats, output, bits is not None, rows is not None,
+        sinks is not None, cut is not None, window > 0, softcap > 0,
+    )  # fmt: skip
+
+    # a kernel is given something for what it will not read
+    def pointers(*tensors: Optional) -> list[torch.Tensor]:
+        return [query if tensor is None else tensor for tensor in tensors]
+
     if not (heads is None and is_decode(heads_per_kv, Tq)):
         config = _configs.prefill(max(D, DV), query.dtype, groups)
         T = ceil_div(Tk, config.keys)
         # The index is laid out by rows and heads of its own; steps count (row, head) pairs.
-        index = (0, 0) if before is None else (
-            before.shape[1] if before.shape[0] > 1 else 0, 1 if before.shape[1] > 1 else 0,
-        )  # fmt: skip
+        index = (0, 0)
+        if before is not None:
+            index = (before.shape[1] if before.shape[0] > 1 else 0, 1 if before.shape[1] > 1 else 0)
         steered_prefill_kernel[(ceil_div(Tq, config.rows), h, B)](
-            query, key, value, *outputs, or_one(bits, like), or_one(before, like), or_one(tiles, like),
-            or_one(keys, like), or_one(bias, like), or_one(table, like), or_one(rows, like), or_one(mask, like),
-            or_one(sinks, like), or_one(cut, like), or_one(heads, like),
-            *qkv, *os, *labels, *index, *biases, *laws, *steps(rows, 1), *masks, *cuts,
+            query, key, value, *outputs,
+            *pointers(bits, before, tiles, keys, bias, table, rows, mask, sinks, cut, heads),
+            *qkv, *os, *labels, *index, *biases, *laws, *law_rows, *masks, *cuts,
             h, heads_per_kv, Tq, Tk, T, scaling, softcap, offset, window,
-            **shared, **more, **flags, HEADS=heads is not None, TERM_ROWS=bias is not None and bias.shape[2] > 1,
+            **constants.prefill, HEADS=heads is not None, TERM_ROWS=bias is not None and bias.shape[2] > 1,
             R=config.rows, N=config.keys, GATHERED=config.gathered,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -286,23 +309,20 @@ def _compute(
         stop = Tk if kind else max(start, min(Tk, offset + Tq))
         splits = split_count(stop - start, B * G, config.keys, processors(query.device))
         span = ceil_div(ceil_div(stop - start, splits), config.keys) * config.keys
-        total, FIELDS = B * H * Tq, 5 + flags["MASSES"]
-        part = torch.empty(splits, groups, total, FIELDS, dtype=torch.float32, device=query.device)
-        place = torch.empty((splits, groups, total) if want[3] else (1,), dtype=torch.int32, device=query.device)
-        acc = torch.empty((splits, groups, total, DV) if output else (1,), dtype=torch.float32, device=query.device)
+        total, new = B * H * Tq, query.new_empty
+        part = new((splits, groups, total, constants.fields), dtype=torch.float32)
+        place = new((splits, groups, total), dtype=torch.int32) if "argmax" in found else query
+        acc = new((splits, groups, total, DV), dtype=torch.float32) if output else query
         steered_decode_kernel[(splits, G, B)](
-            query, key, value, part, place, acc, or_one(bits, like), or_one(bias, like), or_one(mask, like),
-            or_one(cut, like), *qkv, *labels, *biases, *masks, *cuts,
+            query, key, value, part, place, acc, *pointers(bits, bias, mask, cut),
+            *qkv, *labels, *biases, *masks, *cuts,
             H, heads_per_kv, Tq, stop, total, start, span, scaling, softcap, offset, window,
-            **{k: shared[k] for k in ("DV", "V1", "V2", "GROUPS", "TERMS")}, **more,
-            **{k: flags[k] for k in ("RAW", "ENT", "ARG", "MASSES", "OUT")}, FIELDS=FIELDS,
-            PER_HEAD=labels[1] != 0, EARLY=cut is not None and stats == 0, R=R, N=config.keys,
+            **constants.decode, PER_HEAD=labels[1] != 0, R=R, N=config.keys,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         steered_merge_kernel[(total,)](
-            part, place, acc, *outputs, or_one(table, like), or_one(rows, like), or_one(sinks, like),
-            or_one(cut, like), *os, *laws, *steps(rows, 1), *cuts, H, Tq, total, splits,
-            **shared, **flags, FIELDS=FIELDS, S=power_of_two(splits), num_warps=4,
+            part, place, acc, *outputs, *pointers(table, rows, sinks, cut), *os, *laws, *law_rows, *cuts,
+            H, Tq, total, splits, **constants.merge, S=power_of_two(splits), num_warps=4,
         )  # fmt: skip
     if cut is not None and out is not None:
         prefix_mean(out, value, mask, bits, cut, heads_per_kv, heads, offset, window)
@@ -320,14 +340,15 @@ def _fake(
     return _outputs(query, value, query.shape[1] if heads is None else heads.shape[0], terms, stats, output)
 
 
-def _names(stats: int, output: bool) -> list[str]:
+@lru_cache
+def _names(stats: int, output: bool) -> tuple[str, ...]:
     """What the operator returns, in order; with `lse_before` it gives `lse` too."""
     lse, before, entropy, argmax, mass = (bool(stats >> i & 1) for i in range(5))
     wanted = {
         "output": output, "lse": lse or before, "lse_before": before, "entropy": entropy, "top": argmax,
         "argmax": argmax, "mass": mass,
     }  # fmt: skip
-    return [name for name, given in wanted.items() if given]
+    return tuple(name for name, given in wanted.items() if given)
 
 
 def _outputs(
