@@ -58,6 +58,12 @@ def check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
             )
         if not 1 <= tensor.shape[-1] <= MAX_DIM:
             refuse(f"head dim of {name}", tensor.shape[-1], f"1 to {MAX_DIM}")
+    if query.is_cuda and query.device.index != torch.cuda.current_device():
+        refuse(
+            "device of query",
+            query.device,
+            f"the current one, cuda:{torch.cuda.current_device()}: Triton launches there; use torch.cuda.device(…)",
+        )
     B, H, _, D = query.shape
     if key.shape[0] != B or key.shape[3] != D or H % key.shape[1]:
         refuse("shape of key", tuple(key.shape), f"[{B}, a divisor of {H}, Tk, {D}], for query {tuple(query.shape)}")

@@ -170,7 +170,9 @@ def prefix_mean(
     B, h, Tq, DV = out.shape
     Tk = value.shape[2]
     V1, V2 = widths(DV)
-    N = 16 if interpreted() else 64
+    # what fits into the 99 KiB of shared memory that the smallest GPUs have, an fp32 mask beside it
+    single = value.dtype == torch.float32
+    N, stages = 16 if interpreted() else 32 if single else 64, 2 if single or DV > 128 else 3
     T = ceil_div(Tk, N)
     kind = 0 if mask is None else 2 if mask.is_floating_point() else 1
     labels, cuts, like = steps(bits, 2), steps(cut, 3), value
@@ -192,4 +194,5 @@ def prefix_mean(
         *value.stride()[:3], *out.stride()[:3], *labels, *steps(mask, 3), *cuts,
         h, heads_per_kv, Tq, Tk, T, offset, window,
         **flags, MASK=kind, WINDOW=window > 0, PRECISION=precision(value.dtype), R=R, num_warps=4,
+        num_stages=stages,
     )  # fmt: skip

@@ -146,7 +146,8 @@ def _keep(item: Placed, now: Pass, length: int, start: int, again: bool) -> Keep
         if state is None or again or edit.batch is not None or not isinstance(edit.keys, Sinks) or edit.keys.running:
             return None
         columns, meant = state.index
-        if columns.shape[-1] > FEW:
+        # In a cache that was cropped into its prompt some of them are no keys.
+        if columns.shape[-1] > FEW or state.keys.shape[-1] > start + length:
             return None
         if start:
             columns, meant = (columns - start).clamp(min=0), meant & (columns >= start)

@@ -578,6 +578,20 @@ def test_uneven_heads_of_several_groups(heads, more):
     assert apart(*found) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_frozen_sinks_that_a_crop_took_are_no_keys(backend, model_of, prompts):
+    """Where prompt_lengths fix the prompt, a cache cropped into it holds only some of its sinks."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None, (40,))
+    found = []
+    for name in (backend, "reference"):
+        method = ACT(0.3, 0.02, heads={0: [1, 2]})
+        with torch.no_grad(), steerlens.steer(model, method, backend=name, prompt_lengths=40):
+            cache = model(ids, use_cache=True).past_key_values
+            cache.crop(-30)
+            found.append(model(ids[:, 10:11], past_key_values=cache).logits)
+    assert apart(*found) < 1e-5
+
+
 def test_rows_after_a_crop_are_rows_of_the_new_prompt(model_of, prompts):
     model, (ids, _) = model_of("llama-gqa"), prompts(None)
     with torch.no_grad(), steerlens.steer(model, HeadMask({0: "*", 2: "*"}, phase="decode")):

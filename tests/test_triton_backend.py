@@ -1,6 +1,8 @@
 """Backend `triton` in models: what the reference gives, call by call and cached; its captures; what it refuses."""
 
+import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_invariants import CORE, METHODS, apart, generate, logits, method_of, n
 import steerlens
 from steerlens import backends
 from steerlens.backends import fused
+from steerlens.backends.call import Bias, Call, KeepMass
 from steerlens.errors import UnsupportedError
 from steerlens.methods import ACT, PASTA, HeadMask, PerRow, ZeroTuning
 from steerlens.recording import STATS
@@ -113,6 +116,27 @@ def test_windows_go_to_the_kernel_by_their_width(family, model_of, prompts, monk
     assert 12 in {call["window"] for call in seen} and {call["mask"] for call in seen} == {None}
 
 
+@pytest.mark.parametrize("method", [HeadMask({0: [1], 1: [2]}), ACT(0.3, 0.05)], ids=["headmask", "act"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
+def test_layers_of_one_forward_may_hold_different_columns(family, method, model_of, prompts):
+    """Past its window a sliding cache holds fewer keys than the layer beside it; both hide the same pads."""
+    model, (ids, mask) = model_of(family, native_of(family)), prompts("left", (40, 33))
+    # act wants its prompt in one forward
+    ends = (40,) if isinstance(method, ACT) else (18, 40)
+    found = []
+    for backend in ("triton", "reference"):
+        cache, parts = None, []
+        with torch.no_grad(), steerlens.steer(model, method, backend=backend):
+            for start, end in zip((0, *ends), ends, strict=False):
+                output = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                parts.append(output.logits * mask[:, start:end, None])
+            for _ in range(3):  # without a mask, so that the kernel is told of the pads alone
+                parts.append(model(ids[:, :1], past_key_values=cache).logits)
+        found.append(torch.cat(parts, 1))
+    assert apart(*found) < 1e-5
+
+
 @pytest.mark.parametrize("side", [None, "left"])
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt_oss"])
 @pytest.mark.parametrize(
@@ -137,6 +161,32 @@ def test_captures_agree_with_the_reference(side, family, method, model_of, promp
             assert torch.equal(got.isnan(), expected.isnan()), stat
             close = torch.where(got.isnan(), 0, got - expected).abs().max()
             assert close <= 1e-5 * expected.nan_to_num().abs().max(), (layer, stat)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 1 - 1e-9])
+def test_a_law_that_keeps_nearly_all_of_nearly_all_mass(fraction):
+    """As a term it is log w = log β + log(1-ψ) - log(1-βψ), near log(0/0)."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 8, generator=generator) for n in (20, 20, 20))
+    key[..., 0, :] *= 100
+    inside = torch.zeros(1, 2, 20, dtype=torch.bool)
+    inside[..., 0] = True
+    edits = [
+        KeepMass([0, 1], fraction, lambda sums: inside, None),
+        Bias(torch.full((1, 2, 1), 0.5), torch.arange(20)[None] % 3 == 1),
+    ]
+    call = Call(query, key, value, None, 1.0, None, 0, None, True, edits)
+    got, expected = backends.attention("triton", call), backends.attention("reference", call)
+    assert apart(got, expected) < 1e-5
+
+
+def test_kernels_are_launched_on_the_device_of_their_call(monkeypatch):
+    """A layer of a model on several devices may lie on another than the current one."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    second = torch.device("cuda", 1)
+    call = types.SimpleNamespace(query=types.SimpleNamespace(is_cuda=True, device=second))
+    assert fused._supported(call, lambda: list(entered)) == [second]
 
 
 def test_many_span_groups_take_several_passes(model_of, prompts):

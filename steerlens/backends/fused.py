@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +33,7 @@ def attention(call: Call) -> torch.Tensor:
         raise UnsupportedError(
             "backend 'triton' has no backward, and this call needs gradients: use 'sdpa' or 'reference', or no_grad"
         )
-    return _supported(lambda: _attention(call))
+    return _supported(call, lambda: _attention(call))
 
 
 def statistics(
@@ -50,17 +51,20 @@ def statistics(
     Returns:
         fp32 `mass` [B, h, Tq, G], `entropy`, `argmax` (int64), `lse` [B, h, Tq]; `sums` and `observers` [B, h, Tk].
     """
-    return _supported(lambda: _statistics(call, heads, groups, counted, stats))
+    return _supported(call, lambda: _statistics(call, heads, groups, counted, stats))
 
 
 def moved(call: Call, keys: torch.Tensor) -> torch.Tensor:
     """How the edits of a call without ablations change the mass on `keys`, bool [B, H, Tk]; fp32 [B, H, Tq]."""
-    return _supported(lambda: _moved(call, keys))
+    return _supported(call, lambda: _moved(call, keys))
 
 
-def _supported(run: Callable[[], Any]) -> Any:
+def _supported(call: Call, run: Callable[[], Any]) -> Any:
+    # Triton launches on the current device; a layer of a model on several has its own.
+    here = torch.cuda.device(call.query.device) if call.query.is_cuda else nullcontext()
     try:
-        return run()
+        with here:
+            return run()
     except SteerlensError:
         raise
     except ValueError as error:
@@ -194,7 +198,9 @@ def _marked(
     pads = call.real is not None and _structured(call)
     if not (pads or terms) and group is None and hidden is None:
         return {}
-    key: Hashable = ("labels", pads, *((id(weights), keys.data_ptr()) for weights, keys in terms))
+    # Layers of one forward may hold different columns: a sliding cache has only the last of them.
+    held = (call.key.shape[2], call.offset)
+    key: Hashable = ("labels", pads, held, *((id(weights), keys.data_ptr()) for weights, keys in terms))
     shared = keep and group is None and hidden is None
     if not shared or key not in call.memo:
         if pads:
@@ -224,9 +230,10 @@ def _frozen(call: Call, edit: KeepMass) -> dict[str, Any] | None:
         kept["index"], kept["labels"] = few.index, _spread(call, edit.heads, group)
     bits = kept["labels"][..., :Tk]
     if call.real is not None and _structured(call):
-        if "pads" not in call.memo:
-            call.memo["pads"] = Labels.of(hidden=call.real.logical_not()[:, None]).bits
-        pads: Any = call.memo["pads"]
+        key: Hashable = ("pads", Tk, call.offset)
+        if key not in call.memo:
+            call.memo[key] = Labels.of(hidden=call.real.logical_not()[:, None]).bits
+        pads: Any = call.memo[key]
         bits = bits | pads
     return {"labels": Labels(bits, groups=2)}
 
@@ -282,7 +289,9 @@ def _as_term(call: Call, edit: KeepMass, terms: Terms) -> tuple[torch.Tensor, to
     outside = _lse(call, terms, edit.heads, hidden=spread)
     beta = edit.fraction
     log_rest = (outside - inside).clamp(max=0)
-    change = log_rest - torch.log1p(-beta + beta * log_rest.exp()) + (math.log(beta) if beta > 0 else -torch.inf)
+    log_beta, log_other = (math.log(x) if x > 0 else -math.inf for x in (beta, 1 - beta))
+    # 1-βψ = (1-β) + β(1-ψ), which loses nothing as β and ψ come near 1
+    change = log_rest + log_beta - torch.logaddexp(log_rest + log_beta, log_rest.new_full((), log_other))
     applies = outside > -torch.inf
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
