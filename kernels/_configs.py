@@ -52,6 +52,8 @@ _OTHERS = {
     (256, 2): Config(64, 32, 8, 2, 32),
     (256, 4): Config(32, 32, 8, 2, 32),
 }
+# A tile of an additive mask is in shared memory too, as often as there are stages.
+_MASKED = {(128, 4): Config(64, 32, 8, 2, 32), (256, 4): Config(32, 32, 8, 2, 32)}
 # fp32: products are IEEE, and no tensor core has those.
 _FP32 = {
     (128, 2): Config(32, 32, 4, 3, 32),
@@ -65,11 +67,13 @@ def hopper() -> bool:
     return driver.active.get_current_target().arch == 90
 
 
-def prefill(dim: int, dtype: torch.dtype, groups: int) -> Config:
-    """For the prefill kernels; `dim` is the larger of D and Dv."""
+def prefill(dim: int, dtype: torch.dtype, groups: int, masked: bool = False) -> Config:
+    """For the prefill kernel; `dim` is the larger of D and Dv, `masked` whether it reads a 4-D mask."""
     if interpreted():
         return INTERPRETER
-    table = _FP32 if dtype == torch.float32 else _HOPPER if hopper() else _OTHERS
+    table = _HOPPER if hopper() else _OTHERS
+    if dtype == torch.float32 or masked:
+        table = _FP32 if dtype == torch.float32 else _MASKED
     return next(config for (most, many), config in table.items() if dim <= most and groups <= many)
 
 

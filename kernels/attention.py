@@ -158,7 +158,7 @@ def attention(
     decoding = is_decode(H // key.shape[1], Tq)
     index = None
     if labels is not None and not decoding:
-        found = labels.index(_configs.prefill(max(D, value.shape[3]), query.dtype, groups).keys)
+        found = labels.index(_configs.prefill(max(D, value.shape[3]), query.dtype, groups, mask is not None).keys)
         index = (found.before, found.tiles, found.keys)
     computed = {"lse" if stat == "lse_before" and not terms else stat for stat in stats}
     flags = sum(1 << STATS.index(stat) for stat in computed)
@@ -287,7 +287,7 @@ def _compute(
         return [query if tensor is None else tensor for tensor in tensors]
 
     if not (heads is None and is_decode(heads_per_kv, Tq)):
-        config = _configs.prefill(max(D, DV), query.dtype, groups)
+        config = _configs.prefill(max(D, DV), query.dtype, groups, kind > 0)
         T = ceil_div(Tk, config.keys)
         # The index is laid out by rows and heads of its own; steps count (row, head) pairs.
         index = (0, 0)

@@ -158,7 +158,8 @@ class Record:
     ) -> None:
         found = fused.statistics(call, heads, groups, real, self.stats)
         for stat in parts:
-            values = found[stat] + start if stat == "argmax" else found[stat]
+            # as of the reference, the argmax of a token that sees no key is the first
+            values = found[stat].clamp(min=0) + start if stat == "argmax" else found[stat]
             keep = real[:, None]
             parts[stat].append(torch.where(keep[..., None] if values.ndim == 4 else keep, values, PADDING[stat]))
         if "column_mean" in self.stats:

@@ -30,7 +30,10 @@ group = torch.zeros(1, 32, 2048, dtype=torch.int)
 static = lambda: {"labels": Labels.of(terms=[term]), "bias": torch.zeros(1, 32, 1, 1)}
 keep = lambda: {"labels": Labels.of(group=group), "law": Law.keep(beta)}
 cut = lambda: {"cut": torch.ones(1, 32, 1, dtype=torch.int8)}
+mask = torch.zeros(1, 1, 1, 1).expand(1, 1, 2048, 2048)
 calls = {
+    "masked keep": lambda: attention(*tensors(2048), mask=mask, **keep()),
+    "masked columns": lambda: column_sums(*tensors(2048)[:2], torch.zeros(1, 32, 2048), mask=mask),
     "plain": lambda: attention(*tensors(2048)),
     "static": lambda: attention(*tensors(2048), **static()),
     "keep": lambda: attention(*tensors(2048), **keep()),
@@ -105,8 +108,8 @@ def test_sm_80_in_the_same_process_is_compiled_anew(tmp_path):
     assert made["80 keep"][-1]["loops"][0]["spills"] == 0
 
 
-def test_means_of_the_widest_heads_fit_the_smallest_gpus(tmp_path):
-    made = compiled(tmp_path, (89, ("wide bf16", "wide fp32")))
+def test_means_of_the_widest_heads_and_masks_fit_the_smallest_gpus(tmp_path):
+    made = compiled(tmp_path, (89, ("wide bf16", "wide fp32", "masked keep", "masked columns")))
     for kernels in made.values():
         for kernel in kernels:
             # fp32 products are IEEE: no matrix instructions

@@ -201,7 +201,8 @@ def _marked(
     # Layers of one forward may hold different columns: a sliding cache has only the last of them.
     held = (call.key.shape[2], call.offset)
     key: Hashable = ("labels", pads, held, *((id(weights), keys.data_ptr()) for weights, keys in terms))
-    shared = keep and group is None and hidden is None
+    # Keys by head are those of a law made a term: no other layer has them.
+    shared = keep and group is None and hidden is None and all(keys.shape[1] == 1 for _, keys in terms)
     if not shared or key not in call.memo:
         if pads:
             assert call.real is not None
