@@ -10,7 +10,7 @@ from steerlens.examples import Example, ExampleError
 
 
 def generate(task: str, count: int, *, first_seed: int = 0, length: int = 128) -> list[Example]:
-    """`count` held-out examples of a world task, from the seeds first_seed, first_seed + 1, …; equal calls, equal examples.
+    """`count` held-out examples of a world task, from the seeds first_seed, first_seed + 1, …
 
     Groups: "emphasis" (what to emphasise for the answer), "gold" (the statements that hold it) and "context" (all
     that stands before the question).

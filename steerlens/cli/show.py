@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import typer
 
@@ -34,21 +35,33 @@ def note(text: str) -> None:
     typer.echo(f"steerlens: {text}", err=True)
 
 
-def progress(total: int, done: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A function that moves a progress bar forward; a bar is drawn on a terminal only."""
+def progress(total: int, done: int = 0, what: str = "prompts") -> AbstractContextManager[Callable[[int], None]]:
+    """A function that moves a bar with rate and remaining time forward; a bar is drawn on a terminal only."""
     if not sys.stderr.isatty():
         return nullcontext(lambda advance: None)
-    return _bar(total, done)
+    return _bar(total, done, what)
 
 
 class _bar:
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, what: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
 
-        columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        class Rate(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                return Text("" if task.speed is None else f"{task.speed:.3g}/s")
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task("prompts", total=total, completed=done)
+        self._task = self._progress.add_task(what, total=total, completed=done)
 
     def __enter__(self) -> Callable[[int], None]:
         self._progress.start()
