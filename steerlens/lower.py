@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -38,6 +39,8 @@ class Placed:
 def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool = False) -> list[Lowered]:
     """The edits of a layer, for the keys it sees in this forward; ablations last, as they win.
 
+    Edits that batch rows or heads have of the same kind (see `PerRow`) become one.
+
     Args:
         placed: in order of composition.
         now: the forward.
@@ -48,19 +51,59 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool =
     length, start = now.keys[layer]
     moves: list[Lowered] = []
     cuts: list[Lowered] = []
-    for item in placed:
-        edit = item.edit
+    for items in _alike(placed):
+        edit = items[0].edit
         if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
-            moves.append(_keep(item, now, length, start, again))
+            moves.append(_keep(items, now, length, start, heads, again))
             continue
         # Layers with the same edit share its tensors.
-        key = (item.key if item.same is None else item.same, length, start, heads)
+        key = (*(item.key if item.same is None else item.same for item in items), length, start, heads)
         lowered = now.memo.get(key)
         if lowered is None:
-            lowered = _cut(item, now, heads) if isinstance(edit, Ablate) else _bias(item, now, length, start, heads)
+            lowered = _cut(items, now, heads) if isinstance(edit, Ablate) else _bias(items, now, length, start, heads)
             now.memo[key] = lowered
         (cuts if isinstance(edit, Ablate) else moves).append(lowered)  # type: ignore[arg-type]
     return moves + _latest(cuts)
+
+
+def _alike(placed: list[Placed]) -> list[list[Placed]]:
+    """Edits in order; together those that one tensor can hold, as they differ by heads, batch rows or a bias's weight.
+
+    Biases commute up to the next law that depends on the row; ablations of one mode up to the next of the other.
+    """
+    found: list[list[Placed]] = []
+    biases: dict[Hashable, list[Placed]] = {}
+    cuts: list[Placed] = []
+    for item in placed:
+        edit = item.edit
+        if isinstance(edit, Ablate):
+            if not cuts or _kind(cuts[-1]) != _kind(item):
+                found.append(cuts := [])
+            cuts.append(item)
+        elif isinstance(edit.law, Scale):
+            if _kind(item) not in biases:
+                found.append(biases.setdefault(_kind(item), []))
+            biases[_kind(item)].append(item)
+        elif found and _kind(found[-1][0]) == _kind(item) and _apart([*found[-1], item]):
+            found[-1].append(item)
+        else:
+            biases = {}
+            found.append([item])
+    return found
+
+
+def _kind(item: Placed) -> Hashable:
+    edit = item.edit
+    if isinstance(edit, Ablate):
+        return edit.mode, edit.phase, item.prompt_rows
+    law = None if isinstance(edit.law, Scale) else edit.law
+    return edit.keys, law, edit.phase, id(item.spans), item.prompt_rows
+
+
+def _apart(items: list[Placed]) -> bool:
+    """Whether no batch row has two of these edits."""
+    rows = [row for item in items for row in item.edit.batch or (-1,)]
+    return -1 not in rows and len(set(rows)) == len(rows)
 
 
 def _latest(cuts: list[Lowered]) -> list[Lowered]:
@@ -79,71 +122,70 @@ def _latest(cuts: list[Lowered]) -> list[Lowered]:
     return found
 
 
-def _batch(item: Placed, now: Pass) -> torch.Tensor | None:
-    if item.edit.batch is None:
-        return None
-    assert item.prompt_rows is not None
-    return now.prompt.rows_of(item.edit.batch, item.prompt_rows)
+def _table(items: list[Placed], now: Pass, heads: int) -> torch.Tensor:
+    """What edits add up to per batch row and head, fp32 [B or 1, H]: a bias's nats, 1 for other edits."""
+    rows = None if all(item.edit.batch is None for item in items) else items[0].prompt_rows
+    entries = tuple((item.edit.batch, item.edit.heads, _weight(item.edit)) for item in items)
+    found = _tensor(entries, rows or 1, heads, now.prompt.first.device)
+    return found if rows is None else now.prompt.expand(found)
 
 
-def _rows(item: Placed, now: Pass) -> torch.Tensor | None:
-    rows, batch = now.rows(item.edit.phase), _batch(item, now)
-    if batch is None:
-        return rows
-    everywhere = batch[:, None].expand(-1, now.q_len)
-    return everywhere if rows is None else rows & everywhere
+def _weight(edit: Edit) -> float:
+    return edit.law.log_weight if isinstance(edit, Reweight) and isinstance(edit.law, Scale) else 1.0
 
 
 @lru_cache(maxsize=1024)
-def _head_mask(heads: tuple[int, ...], total: int, device: torch.device, weight: float | None = None) -> torch.Tensor:
-    """Bool [total], or with a weight fp32 [1, total, 1]: `weight` at `heads`."""
+def _tensor(entries: tuple[Any, ...], rows: int, heads: int, device: torch.device) -> torch.Tensor:
+    table = [[0.0] * heads for _ in range(rows)]
+    for batch, chosen, weight in entries:
+        for row in range(rows) if batch is None else batch:
+            for head in chosen:
+                table[row][head] += weight
     with torch.inference_mode(False):  # it outlives the forward, and a later one may need gradients
-        mask = torch.zeros(total, dtype=torch.bool)
-        mask[list(heads)] = True
-        return mask.to(device) if weight is None else (mask.float()[None, :, None] * weight).to(device)
+        return torch.tensor(table).to(device)
 
 
 def _keys(item: Placed, edit: Reweight, now: Pass, length: int, start: int) -> torch.Tensor:
-    key = (edit.keys, edit.batch, id(item.spans), item.prompt_rows, length, start)
+    key = (edit.keys, id(item.spans), length, start)
     if key not in now.memo:
-        keys = fit(now.key_columns(edit.keys, item.spans), length, start)
-        batch = _batch(item, now)
-        now.memo[key] = keys if batch is None else keys & batch[:, None]
+        now.memo[key] = fit(now.key_columns(edit.keys, item.spans), length, start)
     return now.memo[key]  # type: ignore[return-value]
 
 
-def _cut(item: Placed, now: Pass, heads: int) -> Cut:
-    assert isinstance(item.edit, Ablate)
-    mask, rows = _head_mask(item.edit.heads, heads, now.prompt.first.device)[None, :, None], _rows(item, now)
-    return Cut(mask if rows is None else mask & rows[:, None], item.edit.mode == "uniform")
+def _cut(items: list[Placed], now: Pass, heads: int) -> Cut:
+    edit = items[0].edit
+    assert isinstance(edit, Ablate)
+    mask, rows = _table(items, now, heads).bool()[..., None], now.rows(edit.phase)
+    return Cut(mask if rows is None else mask & rows[:, None], edit.mode == "uniform")
 
 
-def _bias(item: Placed, now: Pass, length: int, start: int, heads: int) -> Bias:
-    edit = item.edit
-    assert isinstance(edit, Reweight) and isinstance(edit.law, Scale)
-    weights = _head_mask(edit.heads, heads, now.prompt.first.device, edit.law.log_weight)
-    rows = now.rows(edit.phase)
-    return Bias(weights if rows is None else weights * rows[:, None], _keys(item, edit, now, length, start))
+def _bias(items: list[Placed], now: Pass, length: int, start: int, heads: int) -> Bias:
+    edit = items[0].edit
+    assert isinstance(edit, Reweight)
+    weights, rows = _table(items, now, heads)[..., None], now.rows(edit.phase)
+    return Bias(weights if rows is None else weights * rows[:, None], _keys(items[0], edit, now, length, start))
 
 
-def _keep(item: Placed, now: Pass, length: int, start: int, again: bool) -> KeepMass:
-    edit = item.edit
+def _keep(items: list[Placed], now: Pass, length: int, start: int, heads: int, again: bool) -> KeepMass:
+    item, edit = items[0], items[0].edit
     assert isinstance(edit, Reweight) and isinstance(edit.law, Keep)
-    law = edit.law
+    law, keys = edit.law, edit.keys
+    used = sorted({head for one in items for head in one.edit.heads})
+    own = None if edit.batch is None else _table(items, now, heads)[:, used].bool()
     found: list[torch.Tensor] = []
 
     def find(sums: Sums) -> torch.Tensor:
         if not found:
-            if isinstance(edit.keys, Sinks):
-                keys, batch = _sinks(item, edit.keys, now, length, start, sums, again), _batch(item, now)
-                found.append(keys if batch is None else keys & batch[:, None, None])
+            if isinstance(keys, Sinks):
+                columns = _sinks(item, keys, now, length, start, sums, again)
             else:
-                found.append(_keys(item, edit, now, length, start)[:, None].expand(-1, len(edit.heads), -1))
+                columns = _keys(item, edit, now, length, start)[:, None].expand(-1, len(used), -1)
+            found.append(columns if own is None else columns & own[..., None])
         return found[0]
 
     def few() -> Few | None:
         state = now.prompt.sinks.get(item.key)
-        if state is None or again or edit.batch is not None or not isinstance(edit.keys, Sinks) or edit.keys.running:
+        if state is None or again or own is not None or not isinstance(keys, Sinks) or keys.running:
             return None
         columns, meant = state.index
         # In a cache that was cropped into its prompt some of them are no keys.
@@ -153,7 +195,7 @@ def _keep(item: Placed, now: Pass, length: int, start: int, again: bool) -> Keep
             columns, meant = (columns - start).clamp(min=0), meant & (columns >= start)
         return Few(columns, meant, state.kept)
 
-    return KeepMass(list(edit.heads), law.fraction, find, now.rows(edit.phase), few)
+    return KeepMass(used, law.fraction, find, now.rows(edit.phase), few)
 
 
 def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums, again: bool) -> torch.Tensor:

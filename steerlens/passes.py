@@ -137,11 +137,11 @@ class Prompt:
                         f"{self.width} columns; spans count padded columns of the same inputs"
                     )
                 table[row, start:stop] = True
-        return self._expand(table)
+        return self.expand(table)
 
     def sections(self, spans: Spans, group: str) -> torch.Tensor:
         """Number of sections per row, int64 [B]."""
-        return self._expand(torch.tensor([len(row) for row in spans.groups[group]]))
+        return self.expand(torch.tensor([len(row) for row in spans.groups[group]]))
 
     def key_columns(self, keys: Keys, spans: Spans | None) -> torch.Tensor:
         """The prompt columns an edit means, bool [B, width]."""
@@ -167,13 +167,8 @@ class Prompt:
         needed = 1 if keys.section is None else keys.section + 1
         return in_prompt & ~inside & (self.sections(spans, keys.group) >= needed)[:, None]
 
-    def rows_of(self, batch: tuple[int, ...], rows: int) -> torch.Tensor:
-        """The batch rows that belong to these prompt rows, bool [B]."""
-        table = torch.zeros(rows, dtype=torch.bool)
-        table[list(batch)] = True
-        return self._expand(table)
-
-    def _expand(self, table: torch.Tensor) -> torch.Tensor:
+    def expand(self, table: torch.Tensor) -> torch.Tensor:
+        """A table per prompt row, [rows, ...], as one per batch row, [B, ...]."""
         # Beams and num_return_sequences repeat each prompt row next to itself.
         table = table.repeat_interleave(self.started // table.shape[0], 0).to(self.first.device)
         return table if self.origin is None else table[self.origin]

@@ -544,6 +544,9 @@ ROWS = {
     "same keys": [ZeroTuning(4.0), ZeroTuning(0.2), None],
     "act": [ACT(0.0, 0.08), None, ACT(0.0, 0.08)],
     "act, each its own": [None, ACT(0.0, 0.08), ACT(0.5, 0.2)],
+    "heads of their own": [ZeroTuning(4.0, heads={0: [1, 2]}), ZeroTuning(9.0, heads={0: [2], 1: [0]}), None],
+    "act, heads of their own": [ACT(0.0, 0.08, heads={0: [0, 1]}), None, ACT(0.0, 0.08, heads={0: [5], 1: "*"})],
+    "headmask, heads of their own": [HeadMask({0: [1]}), HeadMask({0: [3, 4]}), HeadMask({0: [1]}, mode="zero")],
     "headmask": [HeadMask({0: "*"}, phase="decode"), None, HeadMask({0: "*"}, phase="decode")],
     "pasta": [PASTA(0.05), PASTA(0.05), None],
 }
@@ -559,6 +562,28 @@ def test_rows_that_share_keys_or_methods(rows, backend, model_of, prompts):
         alone = torch.stack(generate(model, [method] if method else [], SPANS["left"], ids, mask).logits)
         assert apart(together[:, row], alone[:, row]) < 1e-4
         assert (apart(alone[:, row], plain[:, row]) > 1e-3) == (method is not None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "edits"),
+    [
+        ([ZeroTuning(2.0, heads={0: [h]}) for h in range(8)], 1),
+        ([ZeroTuning(2.0, heads={0: [1]}), ZeroTuning(3.0, heads={0: [1]}), PASTA(0.1, heads={0: [2]})], 2),
+        ([ACT(0.0, 0.08, heads={0: [h]}) for h in range(8)], 1),
+        ([ACT(0.0, 0.08), ACT(0.5, 0.08)], 2),
+        ([HeadMask({0: [h]}) for h in range(8)], 1),
+        ([HeadMask({0: [1]}), HeadMask({0: [1]}, mode="zero"), HeadMask({0: [2]})], 3),
+    ],
+    ids=["gammas", "keys", "act", "fractions", "headmask", "modes"],
+)
+def test_a_layer_holds_alike_edits_of_many_rows_in_one(rows, edits, model_of, prompts, monkeypatch):
+    """What makes many candidates in one batch cheap."""
+    model, seen = model_of("llama-gqa"), []
+    ids, _ = prompts(None, lengths=(20,) * len(rows))
+    attention = backends.attention
+    monkeypatch.setattr(backends, "attention", lambda name, call: (seen.append(call.edits), attention(name, call))[1])
+    logits(model, ids, None, PerRow(rows), [[(3, 6)]] * len(rows))
+    assert len(seen[0]) == edits
 
 
 @pytest.mark.parametrize("heads", [(0, 5, 6), (2, 3, 7), (1, 4, 5, 6)])

@@ -149,11 +149,11 @@ class TestSeveralDevices:
             found = make(*args, **kwargs)
             return found if device is None else torch.empty(found.shape, dtype=found.dtype, device=device)
 
-        lower._head_mask.cache_clear()
+        lower._tensor.cache_clear()
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             monkeypatch.setattr(torch, "tensor", tensor)
             yield
-        lower._head_mask.cache_clear()
+        lower._tensor.cache_clear()
 
     def spread(self, family):
         model = build(family, "eager" if family == "gemma2" else "sdpa")
@@ -312,7 +312,7 @@ def test_gradients_after_inference_mode(model_of, prompts, method):
     """What is kept between forwards was not made of inference tensors, which autograd refuses."""
     ids, mask = prompts("left")
     model = model_of("llama-gqa")
-    lower._head_mask.cache_clear()
+    lower._tensor.cache_clear()
     with steerlens.steer(model, method, SPANS):
         with torch.inference_mode():
             model(ids, attention_mask=mask)

@@ -231,7 +231,8 @@ class TestRefusals:
     def test_too_many_biases(self, model_of, prompts):
         model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
         with pytest.raises(UnsupportedError, match="29 static biases"):
-            logits(model, ids, mask, [ZeroTuning(2)] * 29, backend="triton")
+            spans = [[(i % 17, i % 17 + i // 17 + 1) for i in range(29)]] * len(ids)
+            logits(model, ids, mask, PASTA(0.5, sections="published"), spans, backend="triton")
 
     def test_a_device_without_kernels(self, model_of, prompts, monkeypatch):
         from steerlens.kernels import _launch
