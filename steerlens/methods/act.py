@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from steerlens.edits import Keep, Plan, Reweight, Sinks
 from steerlens.facts import ModelFacts
 from steerlens.heads import Heads
-from steerlens.methods.base import EditMethod
+from steerlens.methods.base import EditMethod, Search
 from steerlens.spans import Spans
 
 
@@ -41,6 +42,10 @@ class ACT(EditMethod):
     source: ClassVar[str] = "Yu et al. 2024, Unveiling and Harnessing Hidden Attention Sinks, arXiv 2406.15765, §4"
     summary: ClassVar[str] = "keep only a fraction beta of the attention on sinks other than the first token"
     cache_exact: ClassVar[bool] = True
+    search: ClassVar[Mapping[str, Search]] = {
+        "beta": Search((0.0, 0.2, 0.4, 0.6, 0.8), log=False),
+        "threshold": Search((0.05, 0.1, 0.15, 0.2), neutral=0.0),
+    }
 
     def __post_init__(self) -> None:
         self._number("beta", 0, 1)

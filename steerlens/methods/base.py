@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Values of a strength that tuning tries.
+
+    Attributes:
+        grid: values to try, on one or both sides of `neutral`.
+        neutral: the value that changes nothing; settings profiled on one side of it are tuned on that side.
+        log: draw on a logarithmic scale where values are drawn from the range of the grid.
+    """
+
+    grid: tuple[float, ...]
+    neutral: float = 1.0
+    log: bool = True
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen dataclass whose fields are the parameters.
 
@@ -29,6 +44,8 @@ class Method:
         causal: a later token never influences an earlier row.
         cache_exact: cached decoding equals recomputing the whole sequence.
         chunk_exact: prefill in chunks equals prefill at once.
+        search: strengths that `steerlens tune` chooses, per parameter.
+        profile: settings in which single heads are tried, by name; parameters that are not named have their defaults.
     """
 
     name: ClassVar[str]
@@ -38,6 +55,8 @@ class Method:
     causal: ClassVar[bool] = False
     cache_exact: ClassVar[bool] = False
     chunk_exact: ClassVar[bool] = False
+    search: ClassVar[Mapping[str, Search]] = {}
+    profile: ClassVar[Mapping[str, Mapping[str, float]]] = {"default": {}}
 
     def to_dict(self) -> dict[str, Any]:
         """`{"method": name, parameter: value, …}` of plain JSON types; `from_dict` reads it back."""

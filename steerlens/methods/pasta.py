@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +11,7 @@ from steerlens.edits import Keys, OutsideSpan, Plan, PromptKeys, Reweight, Scale
 from steerlens.errors import SpanError
 from steerlens.facts import ModelFacts
 from steerlens.heads import Heads
-from steerlens.methods.base import EditMethod
+from steerlens.methods.base import EditMethod, Search
 from steerlens.spans import Spans
 
 GROUP = "emphasis"
@@ -44,6 +45,7 @@ class PASTA(EditMethod):
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
+    search: ClassVar[Mapping[str, Search]] = {"alpha": Search((0.5, 0.2, 0.1, 0.03, 0.01, 0.003))}
 
     def __post_init__(self) -> None:
         self._number("alpha", 0, open_low=True)

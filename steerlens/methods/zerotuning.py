@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from steerlens.edits import FirstToken, Plan, Reweight, Scale
 from steerlens.facts import ModelFacts
 from steerlens.heads import Heads
-from steerlens.methods.base import EditMethod
+from steerlens.methods.base import EditMethod, Search
 from steerlens.spans import Spans
 
 
@@ -36,6 +37,8 @@ class ZeroTuning(EditMethod):
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
+    search: ClassVar[Mapping[str, Search]] = {"gamma": Search((0.25, 0.5, 0.75, 1.5, 2.0, 3.0, 4.0))}
+    profile: ClassVar[Mapping[str, Mapping[str, float]]] = {"up": {"gamma": 2.0}, "down": {"gamma": 0.5}}
 
     def __post_init__(self) -> None:
         self._number("gamma", 0, open_low=True)

@@ -1,0 +1,1 @@
+"""Head profiling and parameter search with splits, controls and paired intervals."""

@@ -1,0 +1,233 @@
+"""Scores of many candidate steerings on the same examples, many candidates to a batch.
+
+A candidate is a method or None; a forward is one prompt with its answer passed through the model once, for one
+candidate. One pass over prompt and answer gives all scores: the answer is what greedy decoding would produce if and
+only if each of its tokens is the most likely one behind those before it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import steerlens
+from steerlens.errors import SpanError
+from steerlens.examples import Example, ExampleError
+from steerlens.methods.base import EditMethod, PerRow
+from steerlens.spans import Range, Spans
+from steerlens.tuning.sharing import Sharing
+
+logger = logging.getLogger("steerlens")
+
+Candidate = EditMethod | None
+FEWEST = 3
+"""So many candidates of an example share states; fewer ride with other examples."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a candidate made of an example.
+
+    Attributes:
+        hit: whether greedy decoding gives the answer, 0 or 1; NaN without an answer.
+        logprob: log-probability of the answer's tokens, their mean, in nats; NaN without an answer.
+        entropy: of the distribution of the first generated token, in nats.
+    """
+
+    hit: float
+    logprob: float
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example as tokens, unpadded.
+
+    Attributes:
+        ids: prompt and answer.
+        prompt: number of prompt tokens.
+        groups: token ranges per span group.
+    """
+
+    ids: list[int]
+    prompt: int
+    groups: dict[str, tuple[Range, ...]] = field(default_factory=dict)
+
+
+class Scorer:
+    """Scores candidates on examples of one model.
+
+    Args:
+        model, tokenizer: as loaded.
+        end: whether the EOS token is part of the answer, so that an answer that goes on is none.
+        batch_size: rows of a forward.
+        share: compute once what the candidates of an example have in common (see `sharing`).
+        backend: as of `steerlens.steer`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        end: bool = False,
+        batch_size: int = 32,
+        share: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size, self.backend = model, tokenizer, batch_size, backend
+        self.end = [tokenizer.eos_token_id] if end else []
+        self.sharing = Sharing(model) if share else None
+        self.limit = getattr(model.config, "max_position_embeddings", None)
+        self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+        self._rows: dict[int, tuple[Example, Row]] = {}
+
+    def row(self, example: Example) -> Row:
+        """The tokens of an example.
+
+        Raises:
+            SpanError, ExampleError: if a span is missing or the example is too long for the model.
+        """
+        known = self._rows.get(id(example))
+        if known is None:
+            # the example is kept with its row, so that its id names nothing else
+            known = self._rows[id(example)] = example, self._encode(example)
+        return known[1]
+
+    def _encode(self, example: Example) -> Row:
+        prompt: Any = example.prompt if isinstance(example.prompt, str) else list(example.prompt)
+        inputs, spans = steerlens.encode(
+            self.tokenizer, [prompt], groups={name: [list(found)] for name, found in example.groups.items()}
+        )
+        ids = inputs["input_ids"][0].tolist()
+        answer: list[int] = []
+        if example.answer is not None:
+            space = " " if isinstance(example.prompt, str) else ""
+            answer = self.tokenizer(space + example.answer, add_special_tokens=False)["input_ids"]
+            if isinstance(example.prompt, str):
+                # as one text, where the tokens of the prompt stay what they are
+                whole = self.tokenizer(f"{prompt}{space}{example.answer}")["input_ids"]
+                answer = whole[len(ids) :] if whole[: len(ids)] == ids else answer
+            answer = answer + self.end
+        if self.limit is not None and len(ids) + len(answer) > self.limit:
+            raise ExampleError(
+                f"an example has {len(ids) + len(answer)} tokens with its answer, the model has room for {self.limit}: "
+                f"{str(example.prompt)[:60]!r}…; leave it out"
+            )
+        groups = {name: rows[0] for name, rows in spans.groups.items()}
+        return Row([*ids, *answer], len(ids), groups)
+
+    def plan(self, pairs: Sequence[tuple[Candidate, Example]]) -> list[list[int]]:
+        """Batches of indices into `pairs`: candidates of one example that share states, the rest by length."""
+        groups: dict[Any, list[int]] = {}
+        for index, (candidate, example) in enumerate(pairs):
+            begins = self._begins(candidate, example)
+            groups.setdefault((id(example), begins) if begins != (0, 0) else None, []).append(index)
+        batches, rest = [], groups.pop(None, [])
+        for indices in groups.values():
+            if len(indices) < FEWEST:
+                rest += indices
+            else:
+                batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        rest.sort(key=lambda i: (len(self.row(pairs[i][1]).ids), i))
+        return batches + [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
+
+    def _begins(self, candidate: Candidate, example: Example) -> tuple[int, int]:
+        """Where the candidate begins to differ from the unsteered model: layer and row."""
+        if self.sharing is None or candidate is None:
+            return 0, 0
+        row = self.row(example)
+        self._check(candidate, row)
+        return self.sharing.begins(candidate, _spans([row], [0]), row.prompt)
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[tuple[Candidate, Example]]) -> list[Score]:
+        """Scores of one batch of `plan`, in its order."""
+        rows = [self.row(example) for _, example in pairs]
+        if self.sharing is not None and len(pairs) >= FEWEST and all(row is rows[0] for row in rows):
+            begins = [self._begins(candidate, example) for candidate, example in pairs]
+            first = min(layer for layer, _ in begins), min(row for _, row in begins)
+            return self.sharing.run(
+                rows[0].ids,
+                first,
+                len(pairs),
+                lambda cache: self._forward(pairs, rows, cache, first[1] if cache else 0),
+            )
+        return self._forward(pairs, rows)
+
+    def _check(self, candidate: Candidate, row: Row) -> None:
+        missing = [group for group in candidate.needs if not row.groups.get(group)] if candidate else []
+        if missing:
+            raise SpanError(
+                f"{candidate and candidate.name} needs spans for {', '.join(missing)}; an example has none: "
+                f"{self.tokenizer.decode(row.ids[: row.prompt])[:60]!r}…"
+            )
+
+    def _forward(
+        self, pairs: Sequence[tuple[Candidate, Example]], rows: Sequence[Row], cache: Any = None, seen: int = 0
+    ) -> list[Score]:
+        """One batch; `cache` holds the first `seen` tokens of every row, where all are of one example."""
+        width, device = max(len(row.ids) for row in rows), self.model.device
+        pads = [width - len(row.ids) for row in rows]
+        ids = torch.tensor([[self.pad] * n + row.ids for n, row in zip(pads, rows, strict=True)], device=device)
+        candidates = tuple(candidate for candidate, _ in pairs)
+        for candidate, row in zip(candidates, rows, strict=True):
+            self._check(candidate, row)
+        tail = max(len(row.ids) - row.prompt for row in rows) + 1
+        arguments: dict[str, Any] = {"input_ids": ids[:, seen:], "logits_to_keep": tail, "use_cache": cache is not None}
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if any(pads):
+            mask = torch.tensor(
+                [[0] * n + [1] * len(row.ids) for n, row in zip(pads, rows, strict=True)], device=device
+            )
+            arguments["attention_mask"] = mask
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        lengths = [row.prompt for row in rows]
+        spans = _spans(rows, pads)
+        with steerlens.steer(self.model, PerRow(candidates), spans, backend=self.backend, prompt_lengths=lengths):
+            logits = self.model(**arguments).logits[:, -tail:].float()
+        return [self._score(row, logits[i]) for i, row in enumerate(rows)]
+
+    def _score(self, row: Row, logits: torch.Tensor) -> Score:
+        answer = row.ids[row.prompt :]
+        logits = logits[len(logits) - len(answer) - 1 :]
+        logs = logits.log_softmax(-1)
+        entropy = float(-(logs[0].exp() * logs[0]).nan_to_num(0.0).sum())
+        if not answer:
+            return Score(float("nan"), float("nan"), entropy)
+        target = torch.tensor(answer, device=logits.device)
+        logprob = logs[:-1].gather(1, target[:, None]).mean()
+        hit = bool((logits[:-1].argmax(-1) == target).all())
+        return Score(float(hit), float(logprob), entropy)
+
+
+def _spans(rows: Sequence[Row], pads: Sequence[int]) -> Spans:
+    names = dict.fromkeys(name for row in rows for name in row.groups)
+    return Spans(
+        {
+            name: tuple(
+                tuple((start + n, stop + n) for start, stop in row.groups.get(name, ()))
+                for n, row in zip(pads, rows, strict=True)
+            )
+            for name in names
+        }
+    )
+
+
+def batches(
+    scorer: Scorer,
+    pairs: Sequence[tuple[Candidate, Example]],
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[Score]:
+    """Scores of any number of pairs, in their order."""
+    found: list[Score | None] = [None] * len(pairs)
+    for batch in scorer.plan(pairs):
+        for index, score in zip(batch, scorer.score([pairs[i] for i in batch]), strict=True):
+            found[index] = score
+        advance(len(batch))
+    return [score for score in found if score is not None]

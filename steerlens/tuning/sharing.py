@@ -1,0 +1,174 @@
+"""What all candidates of an example have in common, computed once.
+
+A steering that begins at layer l leaves the hidden states below l as they are, and one that is causal leaves the tokens
+before the first row it acts on as they are. So the candidates of an example start from the unsteered states below their
+first layer, and from an unsteered cache of the tokens before their first row.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from steerlens import decoder
+from steerlens.edits import Ablate, Edit, Reweight, Sinks
+from steerlens.methods.base import EditMethod
+from steerlens.passes import Prompt
+from steerlens.spans import Spans
+
+logger = logging.getLogger("steerlens")
+
+SHORTEST = 8
+"""A shorter prefix is not worth a cache."""
+_TOLERANCE = 1e-3
+
+
+class Sharing:
+    """What the candidates of one example share; of one example at a time.
+
+    Args:
+        model: a decoder model. Where its layers are not one list, or hooks sit on them, no layer is shared.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.base = model, decoder.find(model)
+        self.facts, modules = decoder.read(self.base)
+        self.layers = _layers(self.base, self.facts.layers, set(modules.values()))
+        self.prefixes = True
+        self._learned_sinks = any(hasattr(module, "sinks") for module in modules.values())
+        self._ids: tuple[int, ...] = ()
+        self._outputs: list[Any] = []
+        self._caches: dict[int, Any] = {}
+        self._checked: set[tuple[bool, bool]] = set()
+
+    def begins(self, method: EditMethod, spans: Spans, prompt: int) -> tuple[int, int]:
+        """The first layer and the first row that a method steers in a prompt; what is not known is 0.
+
+        Args:
+            method: the candidate.
+            spans: of the one prompt row.
+            prompt: its tokens.
+        """
+        plan = method.plan(self.facts, spans)
+        if not plan:
+            return 0, 0
+        if not (method.causal and method.chunk_exact and self.prefixes):
+            return min(plan), 0
+        place = Prompt.start(prompt, None, 1, torch.device("cpu"))
+        return min(plan), min(self._first_row(edit, place, spans) for edits in plan.values() for edit in edits)
+
+    def _first_row(self, edit: Edit, place: Prompt, spans: Spans) -> int:
+        last = place.width - 1
+        row = 0
+        if isinstance(edit, Reweight):
+            if isinstance(edit.keys, Sinks):
+                return 0
+            # A row that sees keys of one side alone is not changed by a law that renormalises.
+            inside = place.key_columns(edit.keys, spans)[0]
+            if not inside.any():
+                return last
+            row = int(inside.long().argmax())
+            if not self._learned_sinks:
+                outside = (~inside).long()
+                row = max(row, int(outside.argmax()) if outside.any() else last)
+        elif not isinstance(edit, Ablate):
+            return 0
+        return max(row, last) if edit.phase == "decode" else row
+
+    def run(self, ids: list[int], first: tuple[int, int], count: int, forward: Callable[[Any], list[Any]]) -> list[Any]:
+        """What `forward` gives from the states that are shared.
+
+        The first time it is run both ways, and sharing is given up if the two differ.
+
+        Args:
+            ids: tokens of the example.
+            first: the first layer and row to compute.
+            count: batch rows.
+            forward: runs the batch, given the cache to start from or None; returns `scoring.Score`s.
+        """
+        if self._ids != tuple(ids):
+            self._ids, self._outputs, self._caches = tuple(ids), [], {}
+        layer = first[0] if self.layers else 0
+        row = first[1] if self.prefixes and first[1] >= SHORTEST else 0
+        if not layer and not row:
+            return forward(None)
+        found = self._attempt(layer, row, count, forward)
+        kind = bool(layer), bool(row)
+        if found is None or kind not in self._checked:
+            self._checked.add(kind)
+            plain = forward(None)
+            if found is not None and all(
+                abs(a.entropy - b.entropy) <= _TOLERANCE for a, b in zip(found, plain, strict=True)
+            ):
+                return found
+            logger.warning("candidates share no states on this model: computing each one whole")
+            self.layers, self.prefixes = [], False
+            return plain
+        return found
+
+    def _attempt(self, layer: int, row: int, count: int, forward: Callable[[Any], list[Any]]) -> list[Any] | None:
+        try:
+            if layer and not self._outputs:
+                self._outputs = self._record()
+            cache = self._prefix(row, count) if row else None
+        except (AttributeError, NotImplementedError, TypeError) as error:  # a cache or a layer of another kind
+            logger.debug("no shared states: %s", error)
+            return None
+        with self._stand_in(layer, row, count):
+            return forward(cache)
+
+    def _record(self) -> list[Any]:
+        outputs: list[Any] = []
+        hooks = [layer.register_forward_hook(lambda m, a, output: outputs.append(output)) for layer in self.layers]
+        try:
+            self.base(input_ids=torch.tensor([self._ids], device=self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(outputs) != len(self.layers):
+            raise TypeError(f"{len(outputs)} outputs of {len(self.layers)} layers")
+        return outputs
+
+    def _prefix(self, row: int, count: int) -> Any:
+        if row not in self._caches:
+            ids = torch.tensor([self._ids[:row]], device=self.model.device)
+            self._caches[row] = self.base(input_ids=ids, use_cache=True).past_key_values
+        cache = copy.deepcopy(self._caches[row])
+        cache.batch_repeat_interleave(count)
+        return cache
+
+    @contextmanager
+    def _stand_in(self, layer: int, row: int, count: int) -> Iterator[None]:
+        stood: list[Any] = []
+        try:
+            for module, output in list(zip(self.layers, self._outputs, strict=False))[:layer]:
+                module.forward = _constant(output, row, count)  # type: ignore[method-assign]
+                stood.append(module)
+            yield
+        finally:
+            for module in stood:
+                del module.forward
+
+
+def _constant(output: Any, row: int, count: int) -> Callable[..., Any]:
+    def forward(*_: Any, **__: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0][:, row:].expand(count, -1, -1), *output[1:])
+        return output[:, row:].expand(count, -1, -1)
+
+    return forward
+
+
+def _layers(base: torch.nn.Module, count: int, attention: set[torch.nn.Module]) -> list[torch.nn.Module]:
+    for module in base.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            inside = {part for layer in module for part in layer.modules()}
+            if attention <= inside:
+                wrapped = any("forward" in vars(layer) or hasattr(layer, "_hf_hook") for layer in module)
+                return [] if wrapped else list(module)
+    return []
