@@ -2,10 +2,90 @@
 
 from __future__ import annotations
 
-from steerlens.cli.measuring import DataRun, app, command
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerlens.cli.guard import UsageError
+from steerlens.cli.measuring import DataRun, app, command, numbers
 from steerlens.measures.base import HeadScores
 
 __all__ = ["app"]
+
+
+@command(samples=40)
+def retrieval(
+    run: DataRun,
+    count: Annotated[
+        bool,
+        typer.Option("--count/--set", help="Rank by the published code's count, or by the paper's set of tokens."),
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="N,…",
+            help="Prompt lengths in the model's tokens. Default: four up to 4096, or to half of what the model has room for.",
+        ),
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option("--depths", metavar="P,…", help="Places of the needle in percent. Default: 0,25,50,75,100."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Per length and depth. Default: 2.")] = None,
+    haystack: Annotated[
+        Path | None,
+        typer.Option("--haystack", metavar="F.txt", help="Text to hide the needles in. Default: generated."),
+    ] = None,
+    needles: Annotated[
+        Path | None,
+        typer.Option("--needles", metavar="F.jsonl", help="'needle', 'question', 'answer'. Default: generated."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest response.")] = 50,
+) -> HeadScores:
+    """Retrieval heads: they copy the answer from where it stands in the prompt (Wu et al. 2024).
+
+    Default prompts: needles in filler, over a grid of lengths and depths.
+    """
+    own = {"lengths": lengths, "depths": depths, "trials": trials, "haystack": haystack, "needles": needles}
+    given = [f"--{name}" for name, value in own.items() if value is not None]
+    if given and (run.task or run.data):
+        raise UsageError(
+            f"{', '.join(given)} shape needles in a haystack; leave out {'--task' if run.task else '--data'}"
+        )
+    wanted = None if lengths is None else numbers(lengths, "--lengths", 1, 10_000_000)
+    places = numbers(depths or "0,25,50,75,100", "--depths", 0, 100)
+    from steerlens.measures import needles as hidden
+    from steerlens.measures import retrieval as retrieving
+
+    hay = None if haystack is None else hidden.sentences(haystack)
+    texts = None if needles is None else hidden.read(needles)
+    examples = run.examples("needle") if run.task or run.data else None
+    model, tokenizer = run.load()
+    if examples is None:
+        wanted = wanted or retrieving.lengths(model)
+        cells, world = len(wanted) * len(places) * (trials or 2), run.world
+        examples = hidden.grid(
+            tokenizer,
+            texts or world().needles(cells, run.seed),
+            hay or world().haystack(max(wanted) // 4 + 1, run.seed),
+            wanted,
+            places,
+            trials or 2,
+            tail=hidden.BOOK if hay else hidden.QUESTION,
+            seed=run.seed,
+        )
+    with run.progress(len(examples)) as advance:
+        return retrieving.measure(
+            model,
+            tokenizer,
+            examples,
+            count=count,
+            batch_size=run.batch_size,
+            max_new_tokens=max_new_tokens,
+            advance=advance,
+        )
 
 
 @command(samples=20)

@@ -130,9 +130,13 @@ class DataRun(Run):
             from steerlens import examples
 
             return examples.read(self.data)[: self.samples]
-        generate = importlib.import_module("steerlens.evals.examples").generate
         first = FIRST_SEED + self.seed * SEED_STEP
-        return list(generate(self.task or default, self.samples, first_seed=first, length=self.length))
+        return list(self.world().generate(self.task or default, self.samples, first_seed=first, length=self.length))
+
+    @staticmethod
+    def world() -> Any:
+        """The module that generates prompts."""
+        return importlib.import_module("steerlens.evals.examples")
 
 
 def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[..., HeadScores]]:
@@ -175,3 +179,11 @@ def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[.
         return function
 
     return decorate
+
+
+def numbers(text: str, option: str, least: int, most: int) -> list[int]:
+    """Whole numbers of a list such as "0,50,100"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and least <= int(part) <= most for part in parts):
+        raise UsageError(f"{option} {text!r} is not a list of whole numbers from {least} to {most}, such as 10,50,100")
+    return [int(part) for part in parts]
