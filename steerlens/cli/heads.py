@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from steerlens.cli.guard import UsageError
-from steerlens.cli.measuring import DataRun, app, command, numbers
+from steerlens.cli.measuring import DataRun, Run, app, command, numbers
 from steerlens.measures.base import HeadScores
 
 __all__ = ["app"]
@@ -26,7 +26,7 @@ def retrieval(
         typer.Option(
             "--lengths",
             metavar="N,…",
-            help="Prompt lengths in the model's tokens. Default: four up to 4096, or to half of what the model has room for.",
+            help="Prompt lengths in the model's tokens. Default: four up to 4096, or to half of the model's room.",
         ),
     ] = None,
     depths: Annotated[
@@ -66,6 +66,8 @@ def retrieval(
     if examples is None:
         wanted = wanted or retrieving.lengths(model)
         cells, world = len(wanted) * len(places) * (trials or 2), run.world
+        run.drawn.update(lengths=wanted, depths=places, trials=trials or 2, seed=run.seed)
+        run.drawn.update({"haystack": str(haystack or "generated"), "needles": str(needles or "generated")})
         examples = hidden.grid(
             tokenizer,
             texts or world().needles(cells, run.seed),
@@ -89,14 +91,68 @@ def retrieval(
 
 
 @command(samples=20)
-def sinks(run: DataRun) -> HeadScores:
-    """Attention sinks: the mean attention that the first token receives (Gu et al. 2025).
+def sinks(
+    run: DataRun,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens that are read of each prompt.")] = 64,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", min=0, max=1, help="A metric above it counts in the summary.")
+    ] = 0.3,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=1, help="A mean weight above it makes a hidden sink (ACT).")
+    ] = 0.1,
+) -> HeadScores:
+    """Attention sinks: the mean attention that the first token receives (Gu et al. 2024).
 
-    Default prompts: look-up.
+    Beside it the share of other tokens that are sinks, as ACT looks for. Default prompts: look-up.
     """
-    from steerlens.measures.sinks import measure
+    from steerlens.measures import sinks as sinking
 
     examples = run.examples("lookup")
     model, tokenizer = run.load()
     with run.progress(len(examples)) as advance:
-        return measure(model, tokenizer, examples, batch_size=run.batch_size, advance=advance)
+        return sinking.measure(
+            model,
+            tokenizer,
+            examples,
+            tokens=tokens,
+            epsilon=epsilon,
+            threshold=threshold,
+            batch_size=run.batch_size,
+            advance=advance,
+        )
+
+
+Length = Annotated[int, typer.Option("--length", min=2, help="Random tokens that are repeated once.")]
+Sequences = Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Sequences.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Sequences per forward.")]
+
+
+@command()
+def induction(run: Run, length: Length = 50, samples: Sequences = 20, batch_size: BatchSize = 4) -> HeadScores:
+    """Induction heads: on repeated random tokens they look at what followed the same token (Olsson et al. 2022)."""
+    return _repeated(run, "induction", length, samples, batch_size)
+
+
+@command()
+def previous(run: Run, length: Length = 50, samples: Sequences = 20, batch_size: BatchSize = 4) -> HeadScores:
+    """Previous-token heads: they look at the token before."""
+    return _repeated(run, "previous", length, samples, batch_size)
+
+
+def _repeated(
+    run: Run, kind: Literal["induction", "previous"], length: int, samples: int, batch_size: int
+) -> HeadScores:
+    from steerlens.measures import repeated
+
+    model, tokenizer = run.load()
+    with run.progress(samples, "sequences") as advance:
+        return repeated.measure(
+            model,
+            tokenizer,
+            kind,
+            length=length,
+            samples=samples,
+            seed=run.seed,
+            batch_size=batch_size,
+            advance=advance,
+        )
