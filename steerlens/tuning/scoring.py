@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import steerlens
+from steerlens import caches
 from steerlens.errors import SpanError
 from steerlens.examples import Example, ExampleError
 from steerlens.methods.base import EditMethod, PerRow
@@ -180,7 +181,7 @@ class Scorer:
         tail = max(len(row.ids) - row.prompt for row in rows) + 1
         arguments: dict[str, Any] = {"input_ids": ids[:, seen:], "logits_to_keep": tail, "use_cache": cache is not None}
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[caches.NAME] = cache
         if any(pads):
             mask = torch.tensor(
                 [[0] * n + [1] * len(row.ids) for n, row in zip(pads, rows, strict=True)], device=device

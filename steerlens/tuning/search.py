@@ -33,7 +33,8 @@ Unit = tuple[Head, ...]
 Per = Literal["head", "index", "layer"]
 Objective = Literal["logprob", "accuracy", "entropy"]
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-FINALISTS = 3
+FINALISTS = 8
+"""Choices that are judged by the whole validation split, as far as the budget goes."""
 
 
 class TuneError(SteerlensError, ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from steerlens import decoder
+from steerlens import caches, decoder
 from steerlens.edits import Ablate, Edit, Reweight, Sinks
 from steerlens.methods.base import EditMethod
 from steerlens.passes import Prompt
@@ -137,7 +137,7 @@ class Sharing:
     def _prefix(self, row: int, count: int) -> Any:
         if row not in self._caches:
             ids = torch.tensor([self._ids[:row]], device=self.model.device)
-            self._caches[row] = self.base(input_ids=ids, use_cache=True).past_key_values
+            self._caches[row] = caches.find(self.base(input_ids=ids, use_cache=True))
         cache = copy.deepcopy(self._caches[row])
         cache.batch_repeat_interleave(count)
         return cache
