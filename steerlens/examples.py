@@ -70,6 +70,12 @@ def read(path: Path) -> list[Example]:
     return found
 
 
+def digest(examples: Sequence[Example]) -> str:
+    """A fingerprint of examples in their order."""
+    content = repr([(e.prompt, e.answer, e.alternatives, sorted(e.groups.items()), e.key) for e in examples])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
 def splits(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
     """Disjoint splits of the given sizes, drawn by `seed`; examples of equal key fall into one split.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import steerlens
-from steerlens import caches
+from steerlens import caches, decoder
 from steerlens.errors import SpanError
 from steerlens.examples import Example, ExampleError
 from steerlens.methods.base import EditMethod, PerRow
@@ -82,6 +82,7 @@ class Scorer:
     ) -> None:
         self.model, self.tokenizer, self.batch_size, self.backend = model, tokenizer, batch_size, backend
         self.end = [tokenizer.eos_token_id] if end else []
+        self.facts, _ = decoder.read(decoder.find(model))
         self.sharing = Sharing(model) if share else None
         self.limit = getattr(model.config, "max_position_embeddings", None)
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)

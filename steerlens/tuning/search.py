@@ -3,7 +3,8 @@
 1. *Profile*: every unit (a head, a head index in all layers, or a layer) steered alone, on the profile split, by
    successive halving. Units are ranked by the mean gain over the unsteered model.
 2. *Choose*: the top k of the ranking for several k, all units that gained, and all heads, with the method's strengths;
-   on the validation split, by successive halving, or by Optuna's sampler.
+   on the validation split, by successive halving, or by Optuna's sampler. Of those that are
+   within a standard error of the best, the one with fewest heads.
 3. *Test*: the choice, the method's defaults, and random sets of other heads of the same size, against the unsteered
    model on the test split, in pairs.
 """
@@ -104,7 +105,7 @@ class Outcome:
     """What a search found.
 
     Attributes:
-        method: the choice: the best on the validation split.
+        method: the choice.
         profile: every unit that was profiled, best first per setting and task.
         tried: candidates of the choice with their mean gain and examples on the validation split, best first.
         sides: `baseline`, `default`, `random` (mean over the control sets) and `tuned` on the test split.
@@ -245,7 +246,7 @@ class Search:
         """All stages."""
         profile = self._profile() if self.units else []
         tried = self._choose(self._sets(profile))
-        best, gain, _ = tried[0]
+        best, gain = self._simplest(tried)
         if gain <= 0:
             self.notes.append("no choice was better than the unsteered model on the validation split")
         sides, contrasts, controls = self._test(best)
@@ -290,6 +291,33 @@ class Search:
         candidates = list(described.values())
         order = self._halve(candidates, "validation", budget, FINALISTS)
         return [(candidates[index], gain, n) for index, gain, _, n in order]
+
+    def _simplest(self, tried: Sequence[tuple[EditMethod, float, int]]) -> tuple[EditMethod, float]:
+        """Of those that are within one standard error of the best, the one with fewest heads and mildest strength."""
+        n = max(n for _, _, n in tried)
+        finalists = [(method, gain) for method, gain, seen in tried if seen == n]
+        gains = self._gains([method for method, _ in finalists], "validation", n)
+        top = max(range(len(finalists)), key=lambda i: finalists[i][1])
+        close = []
+        for (method, gain), own in zip(finalists, gains, strict=True):
+            lost = [b - a for a, b in zip(own, gains[top], strict=True)]
+            error = statistics.stdev(lost) / math.sqrt(n) if n > 1 else 0.0
+            if statistics.fmean(lost) <= error:
+                close.append((self._size(method), -gain, method))
+        _, gain, method = min(close, key=lambda item: item[:2])
+        return method, -gain
+
+    def _size(self, method: EditMethod) -> tuple[int, float]:
+        heads = getattr(method, "heads", None)
+        count = 0 if heads is None else sum(map(len, heads.resolve(self.facts).values()))
+        away = 0.0
+        for parameter, space in method.search.items():
+            value = getattr(method, parameter)
+            if space.log and space.neutral > 0 and value > 0:
+                away += abs(math.log(value / space.neutral))
+            else:
+                away += abs(value - space.neutral)
+        return count, away
 
     def _draw(self, sets: Sequence[tuple[str, Unit | None]], budget: int) -> list[tuple[EditMethod, float, int]]:
         try:
