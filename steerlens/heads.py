@@ -15,11 +15,13 @@ from steerlens.errors import HeadError
 if TYPE_CHECKING:
     from steerlens.facts import ModelFacts
 
-_FILE = re.compile(r"^(?P<path>.+\.json)(?::top(?P<top>\d+))?$")
+_FILE = re.compile(r"^(?P<path>.+\.json)(?::top(?P<top>\d{1,9}))?$")
 _GRAMMAR = (
     '"all", {layer: [heads]}, "3:17,7;8:*" (layer:heads, "*" for every one, "a-b" for a range) or "scores.json:top20"'
 )
 MOST = 9999
+_MOST_NAMED = 1_000_000
+_MOST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ class Heads:
     def _from_mapping(cls, spec: Mapping[Any, Any]) -> Heads:
         table: dict[int, tuple[int, ...] | None] = {}
         for key, value in spec.items():
-            if isinstance(key, bool) or not re.fullmatch(r"-?\d+", str(key)) or int(str(key)) < 0:
-                raise HeadError(f"heads: layer {key!r} is not an index >= 0; allowed: {_GRAMMAR}")
+            if isinstance(key, bool) or not re.fullmatch(r"\d{1,9}", str(key)):
+                raise HeadError(f"heads: layer {key!r:.80} is not an index >= 0; allowed: {_GRAMMAR}")
             if isinstance(value, str) and value in ("*", "all"):
                 table[int(str(key))] = None
                 continue
             if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-                raise HeadError(f"heads: layer {key}: {value!r} is neither a list of query heads nor '*'")
+                raise HeadError(f"heads: layer {key}: {value!r:.80} is neither a list of query heads nor '*'")
             heads = [_index(head, key) for head in value]
             if heads:
                 table[int(str(key))] = tuple(sorted(set(heads)))
@@ -75,26 +77,37 @@ class Heads:
     @classmethod
     def _from_text(cls, spec: str) -> Heads:
         table: dict[int, set[int] | None] = {}
+        count = 0
         for part in filter(None, (p.strip() for p in spec.split(";"))):
             layers, colon, heads = part.partition(":")
             if not colon:
-                raise HeadError(f"heads: {part!r} in {spec!r} has no ':'; allowed: {_GRAMMAR}")
-            for layer in [-1] if layers.strip() == "*" else _indices(layers, spec):
-                if heads.strip() == "*":
+                raise HeadError(f"heads: {part!r:.80} in {spec!r:.80} has no ':'; allowed: {_GRAMMAR}")
+            chosen = [-1] if layers.strip() == "*" else _indices(layers, spec)
+            named = None if heads.strip() == "*" else _indices(heads, spec)
+            count += len(chosen) * (1 if named is None else len(named))
+            if count > _MOST_NAMED:
+                raise HeadError(f"heads: {spec!r:.80} names over {_MOST_NAMED} heads; no model has that many")
+            for layer in chosen:
+                if named is None:
                     table[layer] = None
                 elif (known := table.setdefault(layer, set())) is not None:
-                    known.update(_indices(heads, spec))
+                    known.update(named)
         return cls(tuple((k, None if v is None else tuple(sorted(v))) for k, v in sorted(table.items())))
 
     @classmethod
     def _from_file(cls, path: Path, top: int | None) -> Heads:
         try:
+            size = path.stat().st_size
+            if not path.is_file() or size > _MOST_BYTES:
+                raise HeadError(f"heads: {path} is no file of at most {_MOST_BYTES // 2**20} MiB")
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except HeadError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise HeadError(f"heads: cannot read {path}: {error}") from error
+        data = data.get("scores", data) if isinstance(data, dict) else data
         if not isinstance(data, dict):
             raise HeadError(f"heads: {path} holds a {type(data).__name__}; a JSON object is needed")
-        data = data.get("scores", data)
         if top is None:
             if any("-" in str(key) for key in data):
                 raise HeadError(f"heads: {path} holds scores; say how many, for example '{path}:top20'")
@@ -156,10 +169,10 @@ def rank(scores: Mapping[str, object], source: str = "scores") -> list[tuple[int
     """(layer, head) pairs of `{"layer-head": score or [scores]}` by descending mean score, ties by index."""
     means: list[tuple[float, int, int]] = []
     for key, value in scores.items():
-        found = re.fullmatch(r"(\d+)-(\d+)", str(key))
+        found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", str(key))
         values = value if isinstance(value, list) else [value]
-        if not found or not values or not all(isinstance(v, (int, float)) for v in values):
-            raise HeadError(f"heads: {source}: {key!r}: {value!r} is not '\"layer-head\": score or [scores]'")
+        if not found or not values or not all(isinstance(v, (int, float)) and abs(v) < 1e300 for v in values):
+            raise HeadError(f"heads: {source}: {key!r:.80}: {value!r:.80} is not '\"layer-head\": score or [scores]'")
         means.append((-sum(values) / len(values), int(found[1]), int(found[2])))
     return [(layer, head) for _, layer, head in sorted(means)]
 
@@ -170,18 +183,20 @@ def _index(head: Any, layer: Any) -> int:
     except TypeError:
         index = -1
     if index < 0:
-        raise HeadError(f"heads: layer {layer}: head {head!r} is not an index >= 0")
+        raise HeadError(f"heads: layer {layer}: head {head!r:.80} is not an index >= 0")
     return index
 
 
 def _indices(text: str, spec: str) -> list[int]:
     indices: list[int] = []
     for item in (i.strip() for i in text.split(",")):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item)
         if not found:
-            raise HeadError(f"heads: {item!r} in {spec!r} is not an index; allowed: {_GRAMMAR}")
+            raise HeadError(f"heads: {item!r:.80} in {spec!r:.80} is not an index; allowed: {_GRAMMAR}")
         first, last = int(found[1]), int(found[2] or found[1])
         if last > MOST:
-            raise HeadError(f"heads: {item!r} in {spec!r} names index {last}; no model has more than {MOST}")
+            raise HeadError(f"heads: {item!r} in {spec!r:.80} names index {last}; no model has more than {MOST}")
         indices.extend(range(first, last + 1))
+        if len(indices) > _MOST_NAMED:
+            raise HeadError(f"heads: {spec!r:.80} names over {_MOST_NAMED} indices; no model has that many")
     return indices

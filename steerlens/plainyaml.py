@@ -88,6 +88,8 @@ def read(text: str | bytes) -> tuple[Any, Lines]:
         raise PlainYamlError(" ".join(str(error).split())) from None
     except RecursionError:
         raise PlainYamlError("nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # PyYAML converts escapes such as "\\UFFFFFFFF" unchecked
+        raise PlainYamlError(str(error)) from None
 
 
 def scalar(text: str) -> Any:
@@ -137,15 +139,17 @@ def _build(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> Any:
                 raise _error(key_node, "a list or mapping cannot be a key")
             key = _scalar(key_node)
             if key in built:
-                raise _error(key_node, f"the key {key!r} appears twice")
+                raise _error(key_node, f"the key {key!r:.80} appears twice")
             built[key] = _build(value_node, (*path, key), lines)
         return built
-    raise _error(node, f"the tag {node.tag!r} is not read; allowed: mappings, lists, text, numbers, true/false, null")
+    raise _error(
+        node, f"the tag {node.tag!r:.80} is not read; allowed: mappings, lists, text, numbers, true/false, null"
+    )
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
     if node.tag != f"{_TAG}str":
-        raise _error(node, f"the tag {node.tag!r} is not read; write the value without a tag")
+        raise _error(node, f"the tag {node.tag!r:.80} is not read; write the value without a tag")
     if node.style is not None:
         return node.value
     try:

@@ -18,7 +18,7 @@ from steerlens import files, plainyaml
 from steerlens.errors import HeadError, RecipeError, nearest
 from steerlens.facts import ModelFacts
 from steerlens.heads import Heads
-from steerlens.recipe_schema import Evidence, EvidenceField, Methods, Part, RecipeModel, explain
+from steerlens.recipe_schema import SCORE_FILE, Evidence, EvidenceField, Methods, Part, RecipeModel, explain
 
 __all__ = ["Evidence", "Recipe", "RecipeFetchError", "RecipeModel", "load_recipe", "shipped"]
 
@@ -118,6 +118,8 @@ def shipped() -> dict[str, Any]:
 def load_recipe(recipe: str | os.PathLike[str] | Recipe) -> Recipe:
     """A recipe from a file, else one shipped under that name, else `steerlens.yaml` in a Hub repository.
 
+    Nothing in it is run. A recipe from the Hub must have its heads written out: it may name no score file here.
+
     Raises:
         RecipeError: if it is not found or does not fit the schema; the message names the file, the place
             in it and, for an unknown name, the nearest one. `RecipeFetchError` if the Hub did not deliver.
@@ -140,7 +142,7 @@ def load_recipe(recipe: str | os.PathLike[str] | Recipe) -> Recipe:
     if name in known:
         return _read(known[name].read_bytes(), f"{name}.yaml")
     if _REPOSITORY.match(name):
-        return _read(_fetch(name), f"{name}/{HUB_FILE}")
+        return _read(_fetch(name), f"{name}/{HUB_FILE}", fetched=True)
     raise RecipeError(
         f"recipe {name!r:.200} is neither a file, nor a shipped recipe ({', '.join(known)}), "
         f"nor a Hub repository such as owner/name{nearest(name, known)}"
@@ -163,12 +165,25 @@ def _fetch(repo: str) -> bytes:
         ) from error
 
 
-def _read(content: bytes, source: str) -> Recipe:
+def _read(content: bytes, source: str, *, fetched: bool = False) -> Recipe:
     try:
         data, lines = plainyaml.read(content)
     except plainyaml.PlainYamlError as error:
         raise RecipeError(f"{source}: {error}") from error
+    if fetched and isinstance(data, dict) and (file := _score_file(data.get("methods"))):
+        raise RecipeError(
+            f"{source}: {file!r:.200} is a file on this machine, which a recipe from the Hub may not read; "
+            "its author must write the heads out, as Recipe.save does"
+        )
     return Recipe.from_dict(data, source, lines)
+
+
+def _score_file(data: Any) -> str | None:
+    """The first score file that is named anywhere in plain data."""
+    if isinstance(data, str):
+        return data if SCORE_FILE.search(data) else None
+    inside = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return next(filter(None, map(_score_file, inside)), None)
 
 
 def _kind(data: Any) -> str:

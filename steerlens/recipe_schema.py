@@ -26,7 +26,7 @@ from steerlens.methods import from_dict
 from steerlens.methods.base import Method
 
 UNPROVED = "published, not reproduced here: "
-_SCORES = re.compile(r"\.json(:top\d+)?\Z")
+SCORE_FILE = re.compile(r"\.json(:top\d+)?\s*\Z")
 _ENDLESS = re.compile(r"\d{6}")
 
 
@@ -56,7 +56,7 @@ def _method(value: Any) -> Method:
     if not isinstance(value, Mapping):
         raise ValueError(f"{value!r:.80} is not a mapping such as {{method: zerotuning, gamma: 1.5}}")
     heads = value.get("heads")
-    if isinstance(heads, str) and not _SCORES.search(heads) and _ENDLESS.search(heads):
+    if isinstance(heads, str) and not SCORE_FILE.search(heads) and _ENDLESS.search(heads):
         raise ValueError(f"heads: {heads!r:.80} is out of range for every model")
     try:
         return from_dict(value)
@@ -105,25 +105,31 @@ class Evidence(Part):
 
 
 Methods = list[Annotated[Any, BeforeValidator(_method), PlainSerializer(lambda method: method.to_dict())]]
+_MEASURED, _TEXT = "<measured>", "<text>"
 EvidenceField = Annotated[
-    Annotated[Evidence, Tag("<measured>")] | Annotated[str, AfterValidator(_source), Tag("<text>")],
-    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<measured>"),
+    Annotated[Evidence, Tag(_MEASURED)] | Annotated[str, AfterValidator(_source), Tag(_TEXT)],
+    Discriminator(lambda value: _TEXT if isinstance(value, str) else _MEASURED),
 ]
+_MOST_PROBLEMS = 20
 
 
 def explain(error: ValidationError, root: type[BaseModel], source: str, lines: plainyaml.Lines) -> str:
-    """Every problem of a recipe in one line each: file, line, place, value, what is allowed."""
+    """The problems of a recipe, one a line: file, line, place, value, what is allowed."""
     found = []
-    for problem in error.errors(include_url=False):
-        path = tuple(part for part in problem["loc"] if not str(part).startswith("<"))
-        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+    problems = error.errors(include_url=False)
+    for problem in problems[:_MOST_PROBLEMS]:
+        path = problem["loc"]
+        if path[:1] == ("evidence",) and path[1:2] in ((_MEASURED,), (_TEXT,)):
+            path = (path[0], *path[2:])
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{_shown(p)}" for p in path).removeprefix(".")
         line = next((lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in lines), None)
         where = f"{source}:{line}" if line else source
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "invalid_key"):
             owners: dict[str, type[BaseModel]] = {"model": RecipeModel, "evidence": Evidence}
             owner = owners.get(str(path[0]) if len(path) > 1 else "", root)
             known = [field.alias or name for name, field in owner.model_fields.items()]
-            what = f"unknown key; allowed: {', '.join(known)}{nearest(str(path[-1]), known)}"
+            # pydantic leaves a key that is no text out of the place, or puts its repr there
+            what = f"unknown key; allowed: {', '.join(known)}{nearest(str(path[-1])[:80] if path else '', known)}"
         elif problem["type"] == "missing":
             what = "is missing"
         else:
@@ -131,5 +137,13 @@ def explain(error: ValidationError, root: type[BaseModel], source: str, lines: p
             what = (
                 text if problem["type"] == "value_error" else f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
             )
-        found.append(f"{where}: {place}: {what}")
+        found.append(f"{where}: {place}: {_shown(what, 1000)}")
+    if len(problems) > len(found):
+        found.append(f"{source}: {len(problems) - len(found)} problems more")
     return "\n".join(found)
+
+
+def _shown(text: str, most: int = 80) -> str:
+    """Text of a file as a part of one line of a message: short, and nothing that a terminal obeys."""
+    short = text if len(text) <= most else f"{text[:most]}…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)

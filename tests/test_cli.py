@@ -20,7 +20,7 @@ import steerlens
 from steerlens import methods
 from steerlens.cli import app, doctor
 from steerlens.methods import PASTA, ZeroTuning
-from steerlens.recipe import shipped
+from steerlens.recipe import load_recipe, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(60)]
@@ -598,13 +598,30 @@ def test_a_reader_that_leaves_is_no_error():
 # --- shipped recipes on the shipped model ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(name for name in shipped() if name.endswith("-tiny")))
 def test_the_first_line_of_a_recipe_is_a_command_that_runs(name):
     first = shipped()[name].read_text().splitlines()[0]
     command, *arguments = shlex.split(first.removeprefix("# "))
     found = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "8"])
     assert (command, found.exit_code, found.stderr) == ("steerlens", 0, "")
     assert found.stdout.startswith("unsteered: ")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped() if not name.endswith("-tiny")))
+def test_the_first_line_of_a_published_recipe_asks_for_its_model(name, monkeypatch):
+    from steerlens import models
+
+    asked = []
+
+    def load(name, *_, **__):
+        asked.append(name)
+        raise models.ModelLoadError("not on this machine")
+
+    monkeypatch.setattr(models, "load", load)
+    command, *arguments = shlex.split(shipped()[name].read_text().splitlines()[0].removeprefix("# "))
+    found = CliRunner().invoke(app, arguments)
+    assert (command, found.exit_code, "not on this machine" in found.stderr) == ("steerlens", 1, True)
+    assert asked == [load_recipe(name).model.id]
 
 
 def test_pasta_tiny_follows_what_is_emphasised():
@@ -648,7 +665,9 @@ def test_list_names_everything(call):
     assert "meta-llama/Llama-3.1-8B-Instruct" in call("list", "models", run=False).stdout
     recipes = {r["name"]: r for r in json.loads(call("list", "recipes", "--json", run=False).stdout)}
     assert recipes["pasta-tiny"]["methods"][0]["method"] == "pasta"
-    assert "pasta-tiny" in call("list", "recipes", run=False).stdout
+    shown = call("list", "recipes", run=False).stdout
+    assert "heads=1:1,2,3\n" in shown and "heads=(86 in 26 layers)\n" in shown
+    assert len(recipes["pasta-llama-7b-86heads"]["methods"][0]["heads"]) == 26
     assert call("list", "tasks", run=False).exit_code == 0
     assert call("list", "method", run=False).exit_code == 2
 

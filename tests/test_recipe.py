@@ -1,18 +1,25 @@
+import dataclasses
 import datetime
-import random
+import hashlib
+import json
+import os
 import re
+import subprocess
+import sys
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import steerlens
-from steerlens import plainyaml
-from steerlens.errors import RecipeError
+from steerlens import facts, plainyaml
+from steerlens.errors import HeadError, RecipeError
 from steerlens.facts import ModelFacts
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 from steerlens.recipe import HUB_FILE, Evidence, Recipe, RecipeFetchError, load_recipe, shipped
 
+ROOT = Path(__file__).resolve().parents[1]
 FACTS = ModelFacts("tiny", "llama", 6, (8,) * 6, (4,) * 6)
 FULL = """\
 schema: 1
@@ -171,52 +178,6 @@ def test_odd_files_are_recipe_errors(tmp_path, content):
         load_recipe(write(tmp_path, content))
 
 
-def test_a_broken_file_raises_nothing_else(tmp_path):
-    """A small run of the fuzz: mutate a valid file in 600 ways."""
-    source, rng, loaded = FULL.encode(), random.Random(0), 0
-    pieces = [
-        b": ",
-        b"- ",
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b"\n",
-        b'"',
-        b"!!int ",
-        b"&a ",
-        b"*a",
-        b"null",
-        b"1e999",
-        b"-1",
-        b"\t",
-        b"0x",
-        b"\xc3",
-        b"method",
-        b"heads",
-        b"*",
-        b"~",
-        b"<<",
-        b"true",
-        b"\xf0\x9f\x98\x80",
-        b"%",
-        b"@",
-        b"|",
-        b">",
-    ]
-    for _ in range(600):
-        text = bytearray(source)
-        for _ in range(rng.randint(1, 4)):
-            at, span = rng.randrange(len(text)), rng.choice([0, 0, 1, 5, 40])
-            text[at : at + span] = rng.choice(pieces)
-        try:
-            load_recipe(write(tmp_path, bytes(text)))
-            loaded += 1
-        except RecipeError:
-            pass
-    assert 0 < loaded < 600
-
-
 @pytest.mark.parametrize("wrong", [None, 3, b"x", [], {}, "", "\0", "a" * 5000, "a/b/c", "."])
 def test_what_is_no_recipe_is_refused(wrong):
     with pytest.raises(RecipeError):
@@ -224,7 +185,7 @@ def test_what_is_no_recipe_is_refused(wrong):
 
 
 def test_unknown_name_lists_shipped_and_nearest():
-    with pytest.raises(RecipeError, match=r"pasta-tiny, zerotuning-tiny\).*did you mean 'pasta-tiny'"):
+    with pytest.raises(RecipeError, match=r"pasta-tiny, .*zerotuning-tiny\).*did you mean 'pasta-tiny'"):
         load_recipe("pasta-tniy")
 
 
@@ -235,17 +196,183 @@ def test_an_existing_file_comes_before_a_shipped_name(tmp_path, monkeypatch):
     assert load_recipe("pasta-tiny").name == "full"
 
 
+def config_of(model):
+    """The shape of a model that a recipe is shipped for, as its own config has it."""
+    from transformers import AutoConfig
+
+    kind, kv_heads = MODELS[model]
+    shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": kv_heads}
+    return AutoConfig.for_model(kind, vocab_size=97, hidden_size=128, intermediate_size=64, head_dim=4, **shape)
+
+
+MODELS = {
+    "huggyllama/llama-7b": ("llama", 32),
+    "meta-llama/Llama-2-7b-chat-hf": ("llama", 32),
+    "yaofu/llama-2-7b-80k": ("llama", 32),
+    "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", 8),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama", 8),
+    "mistralai/Mistral-7B-Instruct-v0.2": ("mistral", 8),
+}
+HEADS = {
+    "act-llama-2-7b-chat-classification": 184,
+    "act-llama-2-7b-chat-multiple-choice": 72,
+    "act-mistral-7b-instruct-v0.2-classification": 16,
+    "act-mistral-7b-instruct-v0.2-multiple-choice": 104,
+    "headmask-llama-2-7b-80k": 10,
+    "headmask-llama-3-8b-instruct-10heads": 10,
+    "headmask-llama-3-8b-instruct-50heads": 50,
+    "pasta-llama-7b-25heads": 25,
+    "pasta-llama-7b-53heads": 53,
+    "pasta-llama-7b-86heads": 86,
+    "zerotuning-llama-3.1-8b-instruct-boolq": 1024,
+    "zerotuning-llama-3.1-8b-instruct-sst2": 1024,
+}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_fit_their_models(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name and name.startswith(f"{recipe.methods[0].name}-")
+    first = (resources.files("steerlens.recipes") / f"{name}.yaml").read_text().splitlines()[0]
+    assert re.match(rf"# steerlens run --recipe {name} ", first)
+    if recipe.model.id == "tiny":
+        assert isinstance(recipe.evidence, Evidence)
+        recipe.check(FACTS)
+        return
+    assert recipe.evidence.startswith("published, not reproduced here: ")
+    assert re.search(r"commit [0-9a-f]{8}\b.*arXiv \d{4}\.\d{5}", recipe.evidence)
+    known = facts.read(config_of(recipe.model.id))
+    assert (recipe.model.layers, recipe.model.heads) == (32, 32)
+    recipe.check(known)
+    [method] = recipe.methods
+    assert sum(map(len, method.heads.resolve(known).values())) == HEADS[name]
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
 def test_shipped_recipes_cover_the_methods():
-    recipes = {name: load_recipe(name) for name in shipped()}
-    assert all(recipe.name == name for name, recipe in recipes.items())
-    methods = {method.name for recipe in recipes.values() if recipe.model.id == "tiny" for method in recipe.methods}
-    assert methods >= {"pasta", "zerotuning", "act", "headmask"}
-    for recipe in recipes.values():
-        if recipe.model.id == "tiny":
-            recipe.check(FACTS)
-    for name in shipped():
-        first = (resources.files("steerlens.recipes") / f"{name}.yaml").read_text().splitlines()[0]
-        assert re.match(rf"# steerlens run --recipe {name} ", first)
+    recipes = [load_recipe(name) for name in shipped()]
+    for own in (True, False):
+        found = {method.name for recipe in recipes if (recipe.model.id == "tiny") is own for method in recipe.methods}
+        assert found >= {"pasta", "zerotuning", "act", "headmask"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in HEADS if "classification" in name or "heads" in name or "80k" in name]
+)
+def test_published_recipes_steer_a_model_of_that_shape(name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe = load_recipe(name)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(recipe.model.id)).eval()
+    ids = torch.randint(3, 97, (1, 24), generator=torch.Generator().manual_seed(0))
+    plain = model(ids).logits
+    # columns of a random model get no more than about 1/N
+    settings = {"threshold": 0.03} if recipe.methods[0].name == "act" else {}
+    method = dataclasses.replace(recipe.methods[0], **settings)
+    with steerlens.steer(model, recipe.model_copy(update={"methods": [method]}), spans=[[(4, 8)]]) as steered:
+        logits = model(ids).logits
+    assert logits.isfinite().all() and not torch.equal(logits, plain)
+    assert len(steered.report()) == len(method.heads.table)
+
+
+def test_published_score_files_load(tmp_path):
+    """Retrieval scores as Wu et al. and DeCoRe keep them, head lists as PASTA does."""
+    scores = {f"{layer}-{head}": [0] * 3 for layer in range(6) for head in range(8)}
+    scores |= {"4-7": [0.9, 0.8, 1.0], "1-0": [0, 0.5, 0.5], "1-3": [1, 0, 0], "0-2": 0.2}
+    (tmp_path / "scores.json").write_text(json.dumps(scores) + "\n")
+    (tmp_path / "lists.json").write_text('{"4": [7, 1], "1": [0]}')
+    (tmp_path / "ours.json").write_text(json.dumps({"scores": scores, "model": "tiny"}))
+    text = FULL.split("methods")[0]
+    for heads, table in (
+        ("scores.json:top1", ((4, (7,)),)),
+        ("scores.json:top4", ((0, (2,)), (1, (0, 3)), (4, (7,)))),
+        ("ours.json:top1", ((4, (7,)),)),
+        ("lists.json", ((1, (0,)), (4, (1, 7)))),
+    ):
+        recipe = load_recipe(write(tmp_path, f"{text}methods: [{{method: headmask, heads: '{tmp_path}/{heads}'}}]\n"))
+        assert recipe.methods[0].heads.table == table
+        saved = recipe.save(tmp_path / "saved.yaml")
+        assert "json" not in saved.read_text() and load_recipe(saved) == recipe
+        recipe.check(FACTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "spec", "message"),
+    [
+        ("{", ":top1", "cannot read"),
+        ("[" * 100_000, ":top1", "cannot read"),
+        ('{"1-1": ' + "9" * 5000 + "}", ":top1", "cannot read"),
+        ("[]", ":top1", "holds a list"),
+        ('{"scores": []}', ":top1", "holds a list"),
+        ('{"1-1": NaN}', ":top1", "'1-1': nan is not"),
+        ('{"1-1": [Infinity]}', ":top1", "is not"),
+        ('{"1-1": []}', ":top1", "is not"),
+        ('{"1-x": 1}', ":top1", "is not"),
+        ('{"1-1": 1}', "", "say how many"),
+        ('{"1-1": 1}', ":top2", "more heads than the 1"),
+        ('{"x": [1]}', "", "layer 'x' is not an index"),
+    ],
+)
+def test_wrong_score_files_are_one_clear_error(tmp_path, content, spec, message):
+    (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(HeadError, match=rf"heads: .*{re.escape(message)}"):
+        HeadMask(heads=f"{tmp_path}/scores.json{spec}")
+
+
+def test_a_score_file_must_be_a_file_of_reasonable_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(65 * 2**20)
+    for name in ("pipe.json", "large.json"):
+        with pytest.raises(HeadError, match=f"{name} is no file of at most 64 MiB"):
+            HeadMask(heads=f"{tmp_path}/{name}:top1")
+
+
+LOGITS = """
+import sys, hashlib, torch
+import steerlens
+from steerlens import models
+torch.set_num_threads(1)
+model, tokenizer = models.load("tiny", device="cpu", dtype="float32")
+inputs, spans = steerlens.encode(tokenizer, [sys.argv[2]], [[sys.argv[3]]], device=model.device)
+with steerlens.steer(model, steerlens.load_recipe(sys.argv[1]), spans=spans):
+    print(hashlib.sha256(model(**inputs).logits.detach().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_a_recipe_gives_the_same_output_in_a_fresh_process(tmp_path):
+    import torch
+
+    from steerlens import models
+
+    fact = "The keeper of the castle chapel is Mara."
+    prompt = (
+        f"The keeper of the castle chapel is Bruno. {fact} Question: What is the keeper of the castle chapel? Answer:"
+    )
+    method = PASTA(alpha=0.07, heads={1: [1, 2, 3], 3: [0]})
+    path = Recipe(name="mine", model={"id": "tiny", "layers": 6}, methods=[method]).save(tmp_path / "mine.yaml")
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = [sys.executable, "-m", "steerlens.cli", "run", "--recipe", path, "--prompt", prompt, "--emphasize", fact]
+    commands = [
+        [*run, "--json", "--max-new-tokens", "16", "--device", "cpu", "--dtype", "float32"],
+        [sys.executable, "-c", LOGITS, path, prompt, fact],
+    ]
+    fresh = [[subprocess.check_output(c, env=environment, text=True, cwd=tmp_path) for c in commands] for _ in range(2)]
+    assert fresh[0] == fresh[1]
+
+    model, tokenizer = models.load("tiny", device="cpu", dtype="float32")
+    inputs, spans = steerlens.encode(tokenizer, [prompt], [[fact]], device=model.device)
+    with steerlens.steer(model, method, spans=spans):
+        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        logits = model(**inputs).logits
+    plain = model(**inputs).logits
+    text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert json.loads(fresh[0][0])["results"][0]["steered"] == text
+    assert fresh[0][1].strip() == hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest()
+    assert not torch.equal(logits, plain)
 
 
 def test_check_compares_with_the_model(tmp_path):

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+_MOST_SHOWN = 8
+
 
 class What(StrEnum):
     """Kinds of things to list."""
@@ -120,9 +122,12 @@ def _shown(item: dict[str, Any]) -> list[str]:
 
 
 def _argument(key: str, value: Any) -> str:
-    """A recipe's parameter as `--set` takes it."""
+    """A recipe's parameter as `--set` takes it; many heads only by number."""
     if key == "method":
         return str(value)
     if key == "heads" and isinstance(value, dict):
+        count = sum(len(h) for h in value.values())
+        if count > _MOST_SHOWN:
+            return f"heads=({count} in {len(value)} layers)"
         value = ";".join(f"{layer}:{h if isinstance(h, str) else ','.join(map(str, h))}" for layer, h in value.items())
     return f"{key}={value}"
