@@ -94,7 +94,7 @@ class Journal:
                 for index, split, example, *values in data["scores"]:
                     score = Score(*(math.nan if v is None else float(v) for v in values))
                     self._known[candidates[index], split, example] = score
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 if isinstance(error, JournalError):
                     raise
                 raise JournalError(f"{self.path}:{number} is no line of a search ({error}); start anew") from None

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from steerlens.errors import MethodError, SteerlensError
-from steerlens.examples import Example
+from steerlens.examples import Example, ExampleError
 from steerlens.facts import ModelFacts
 from steerlens.heads import Heads
 from steerlens.methods.base import EditMethod
@@ -157,6 +157,13 @@ class Search:
         self._known: dict[tuple[str, str, int], Score] = {}
         self._random = random.Random(settings.seed)
         self.units = self._units()
+        for example in [e for found in self.splits.values() for e in found]:
+            missing = [group for group in settings.method.needs if not example.groups.get(group)]
+            if missing:
+                raise ExampleError(
+                    f"{settings.method.name} needs spans for {', '.join(missing)}; an example has none: "
+                    f"{str(example.prompt)[:60]!r}…"
+                )
         answered = all(example.answer is not None for found in self.splits.values() for example in found)
         if settings.objective != "entropy" and not answered:
             raise TuneError(f"--objective {settings.objective} needs an 'answer' in every example; entropy needs none")

@@ -83,7 +83,7 @@ class Sharing:
     def run(self, ids: list[int], first: tuple[int, int], count: int, forward: Callable[[Any], list[Any]]) -> list[Any]:
         """What `forward` gives from the states that are shared.
 
-        The first time it is run both ways, and sharing is given up if the two differ.
+        The first time it is run both ways; if the two differ, the cache is given up, then the layers.
 
         Args:
             ids: tokens of the example.
@@ -106,8 +106,11 @@ class Sharing:
                 abs(a.entropy - b.entropy) <= _TOLERANCE for a, b in zip(found, plain, strict=True)
             ):
                 return found
-            logger.warning("candidates share no states on this model: computing each one whole")
-            self.layers, self.prefixes = [], False
+            logger.warning("candidates cannot share %s on this model", "a cache" if row else "layers")
+            if row:
+                self.prefixes = False
+            else:
+                self.layers = []
             return plain
         return found
 
