@@ -47,39 +47,20 @@ class LayerRecord:
     _counts: torch.Tensor | None = field(default=None, repr=False)
 
 
-class Record:
-    """Captured statistics: `record[layer]`, filled by every forward inside the context.
+class Observer:
+    """A context that watches attention calls, of `layers`; what it does not override it does not look at."""
 
-    Attributes:
-        groups: names of the last axis of `mass`: the span groups, or `("first_token",)` without spans.
-        stats: the statistics recorded.
-    """
+    name = "steerlens.capture"
+    spans: Spans | None = None
 
-    def __init__(self, model: Any, spans: Any, stats: Sequence[str], rows: str, heads: Any) -> None:
-        for stat in stats:
-            if stat not in STATS:
-                raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(STATS)}{nearest(stat, STATS)}")
-        if rows not in ("all", "last"):
-            raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last' (the last row of each forward)")
+    def __init__(self, model: Any) -> None:
         self.model = unwrap(model)
         self._engine = Engine.of(decoder.find(self.model))
-        self.stats, self.rows = tuple(stats), rows
-        self._batch: int | None = None
-        self.spans = None if spans is None else Spans.of(spans)
-        named = self.spans is not None and self.spans.groups
-        self.groups: tuple[str, ...] = tuple(self.spans.groups) if self.spans and named else ("first_token",)
-        self._heads = Heads.parse(heads).resolve(self._engine.facts)
-        self._layers: dict[int, LayerRecord] = {layer: LayerRecord(found) for layer, found in self._heads.items()}
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Captured layers."""
-        return tuple(self._layers)
-
-    def __getitem__(self, layer: int) -> LayerRecord:
-        if layer not in self._layers:
-            raise KeyError(f"layer {layer} is not captured; captured: {list(self._layers)}")
-        return self._layers[layer]
+        """Layers whose calls are seen."""
+        return self._engine.facts.attention_layers
 
     def __enter__(self) -> Self:
         self._engine = Engine.of(self._engine.base)
@@ -99,6 +80,49 @@ class Record:
     ) -> None:
         self._engine.records.remove(self)
         self._engine.update()
+
+    def check_rows(self, batch: int, expand: int) -> None:
+        """Raise if a batch of `batch` rows is not the one that is watched."""
+
+    def observe(self, layer: int, call: Call, now: Pass) -> None:
+        """See what goes into an attention call, without gradients."""
+
+    def output(self, layer: int, output: torch.Tensor, now: Pass) -> None:
+        """See what an attention call gives, [B, Tq, H, Dv], with its gradient history, before the layer gets it."""
+
+
+class Record(Observer):
+    """Captured statistics: `record[layer]`, filled by every forward inside the context.
+
+    Attributes:
+        groups: names of the last axis of `mass`: the span groups, or `("first_token",)` without spans.
+        stats: the statistics recorded.
+    """
+
+    def __init__(self, model: Any, spans: Any, stats: Sequence[str], rows: str | int, heads: Any) -> None:
+        for stat in stats:
+            if stat not in STATS:
+                raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(STATS)}{nearest(stat, STATS)}")
+        if rows not in ("all", "last") and (not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last', or how many of each forward's last rows")
+        super().__init__(model)
+        self.stats, self.rows = tuple(stats), rows
+        self._batch: int | None = None
+        self.spans = None if spans is None else Spans.of(spans)
+        named = self.spans is not None and self.spans.groups
+        self.groups: tuple[str, ...] = tuple(self.spans.groups) if self.spans and named else ("first_token",)
+        self._heads = Heads.parse(heads).resolve(self._engine.facts)
+        self._layers: dict[int, LayerRecord] = {layer: LayerRecord(found) for layer, found in self._heads.items()}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Captured layers."""
+        return tuple(self._layers)
+
+    def __getitem__(self, layer: int) -> LayerRecord:
+        if layer not in self._layers:
+            raise KeyError(f"layer {layer} is not captured; captured: {list(self._layers)}")
+        return self._layers[layer]
 
     def check_rows(self, batch: int, expand: int) -> None:
         """Raise if a batch of `batch` rows is not that of the spans, or of what is recorded already."""
@@ -121,7 +145,8 @@ class Record:
             return
         length, start = now.keys[layer]
         groups = self._group_keys(now, length, start)
-        first = call.query.shape[2] - 1 if self.rows == "last" else 0
+        wanted = {"all": call.query.shape[2], "last": 1}.get(self.rows, self.rows)
+        first = max(call.query.shape[2] - wanted, 0)
         real = now.real_rows()
         real = torch.ones(call.query.shape[0], now.q_len, dtype=torch.bool) if real is None else real
         real = real.to(call.query.device)
@@ -220,7 +245,7 @@ class Record:
 
 
 def capture(
-    model: Any, spans: Any = None, stats: Sequence[str] = STATS, rows: str = "all", heads: Any = "all"
+    model: Any, spans: Any = None, stats: Sequence[str] = STATS, rows: str | int = "all", heads: Any = "all"
 ) -> Record:
     """Record attention statistics of every forward inside the context, after any steering.
 
@@ -228,7 +253,7 @@ def capture(
         model: a transformers decoder model.
         spans: groups whose mass is recorded: `Spans`, or a list of (start, stop) ranges per prompt row.
         stats: some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`.
-        rows: `all` query rows, or the `last` of each forward.
+        rows: `all` query rows, the `last` of each forward, or how many of its last ones.
         heads: a head specification.
 
     Raises:
