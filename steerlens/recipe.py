@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from steerlens import plainyaml
+from steerlens import files, plainyaml
 from steerlens.errors import HeadError, RecipeError, nearest
 from steerlens.facts import ModelFacts
 from steerlens.heads import Heads
@@ -88,20 +87,7 @@ class Recipe(Part):
         """Write the recipe to a file, whole or not at all; returns its path."""
         path = Path(file)
         data = self.model_dump(mode="python", by_alias=True, exclude_none=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(plainyaml.dump(data))
-                stream.flush()
-                os.fsync(stream.fileno())
-            # mkstemp makes it private to the user; a recipe gets the permissions of any new file
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(temporary).chmod(0o666 & ~mask)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        files.write(path, plainyaml.dump(data))
         return path
 
     def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:

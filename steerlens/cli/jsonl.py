@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from steerlens import files
 from steerlens.cli.guard import UsageError
 from steerlens.cli.session import Answer, Row
 from steerlens.errors import nearest
@@ -175,7 +175,7 @@ class Results:
         # only now, with a first result to write: a run that failed before leaves nothing behind
         if self._continues:
             return self.path.open("ab")
-        _write_whole(self.beside, json.dumps(self._settings, indent=1) + "\n")
+        files.write(self.beside, json.dumps(self._settings, indent=1) + "\n")
         return self.path.open("xb")
 
 
@@ -187,12 +187,3 @@ def record(answer: Answer) -> str:
 def to_json(data: Any) -> str:
     """JSON with readable letters, or escaped where text holds half a character that UTF-8 cannot hold."""
     return json.dumps(data, ensure_ascii=_halves(data))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    Path(temporary).replace(path)

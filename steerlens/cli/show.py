@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,25 @@ def heading(side: str) -> None:
 def note(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
     typer.echo(f"steerlens: {text}", err=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of numbers under their names: a table on a terminal, else aligned lines."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        shown = Table()
+        for name in columns:
+            shown.add_column(name, justify="right")
+        for row in rows:
+            shown.add_row(*row)
+        Console().print(shown)
+        return
+    lines = [columns, *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    for line in lines:
+        typer.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def progress(total: int, done: int = 0, what: str = "prompts") -> AbstractContextManager[Callable[[int], None]]:
