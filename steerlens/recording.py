@@ -104,7 +104,9 @@ class Record(Observer):
             if stat not in STATS:
                 raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(STATS)}{nearest(stat, STATS)}")
         if rows not in ("all", "last") and (not isinstance(rows, int) or rows < 1):
-            raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last', or how many of each forward's last rows")
+            raise ValueError(
+                f"rows={rows!r} is unknown; allowed: 'all', 'last', or how many of each forward's last rows"
+            )
         super().__init__(model)
         self.stats, self.rows = tuple(stats), rows
         self._batch: int | None = None
@@ -145,8 +147,8 @@ class Record(Observer):
             return
         length, start = now.keys[layer]
         groups = self._group_keys(now, length, start)
-        wanted = {"all": call.query.shape[2], "last": 1}.get(self.rows, self.rows)
-        first = max(call.query.shape[2] - wanted, 0)
+        last = 1 if self.rows == "last" else self.rows
+        first = max(call.query.shape[2] - last, 0) if isinstance(last, int) else 0
         real = now.real_rows()
         real = torch.ones(call.query.shape[0], now.q_len, dtype=torch.bool) if real is None else real
         real = real.to(call.query.device)
