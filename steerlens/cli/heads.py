@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from steerlens.cli.measuring import DataRun, app, command
+from steerlens.cli.scores import contextual, importance, lookback, maps, sra
 from steerlens.measures.base import HeadScores
 
-__all__ = ["app"]
+__all__ = ["app", "contextual", "importance", "lookback", "maps", "sra"]
 
 
 @command(samples=20)
