@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
+from steerlens.evals.world.facts import entity_facts
 from steerlens.evals.world.tasks import INSTRUCTIONS, TASKS, Sample, sample
+from steerlens.evals.world.vocabulary import filler
 
 from steerlens.encoding import Chars
 from steerlens.errors import nearest
 from steerlens.examples import Example, ExampleError
+from steerlens.measures.needles import Needle
 
 
 def generate(task: str, count: int, *, first_seed: int = 0, length: int = 128) -> list[Example]:
@@ -34,6 +39,18 @@ def generate(task: str, count: int, *, first_seed: int = 0, length: int = 128) -
                 f"task {task!r} has fewer than {count} distinct prompts of {length} tokens; ask for fewer"
             )
     return list(found.values())
+
+
+def needles(count: int, seed: int) -> list[Needle]:
+    """`count` held-out statements with their questions, each about something else."""
+    facts = entity_facts(random.Random(f"needles|{seed}"), "eval", count)
+    return [Needle(fact.statement, fact.question, fact.value) for (fact,) in facts]
+
+
+def haystack(count: int, seed: int) -> list[str]:
+    """`count` sentences that answer no question, each with a space behind it."""
+    rng = random.Random(f"haystack|{seed}")
+    return [f"{filler(rng)} " for _ in range(count)]
 
 
 def of(row: Sample) -> Example:

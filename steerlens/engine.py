@@ -258,7 +258,10 @@ class Engine(Guarded):
             real = None
         sources = {layer: self.facts.keys_of.get(layer, layer) for layer in self.sites}
         keys = {n: (length, 0) if cache is None else cache.get_mask_sizes(length, m) for n, m in sources.items()}
-        self.current = Pass(prompt, seen, length, real, plain, keys)
+        now = Pass(prompt, seen, length, real, plain, keys)
+        for record in self.records:
+            record.expect(now)
+        self.current = now
         self._running = threading.get_ident()
         if self.scope is None:
             self.await_layers()

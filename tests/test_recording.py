@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steerlens
-from steerlens.errors import SpanError, SteeringStateError
+from steerlens.errors import SpanError, SteeringStateError, UnsupportedError
 from steerlens.methods import ACT, HeadMask, ZeroTuning
 from steerlens.spans import Spans
 
@@ -200,3 +200,97 @@ def test_capture_alone_leaves_the_native_attention_on(model_of, prompts):
             got = model(ids, attention_mask=mask, output_attentions=True)
     assert torch.equal(got.logits, base.logits)
     assert all(torch.equal(a, b) for a, b in zip(got.attentions, base.attentions, strict=True))
+
+
+class TestMaps:
+    """Whole rows of weights of a few heads."""
+
+    HEADS = {0: [6, 1], 2: "*"}
+
+    @pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+    @pytest.mark.parametrize(
+        "methods", [(), [ZeroTuning(5.0), ACT(0.2, 0.08), HeadMask({2: [3]})]], ids=["", "steered"]
+    )
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_maps_are_the_weights_finally_used(self, side, methods, backend, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa", "eager"), prompts(side)
+        neutral = ZeroTuning(1 + 1e-7, heads={0: [0]})  # so that there is a context that names the backend
+        methods = [neutral, *methods]
+        with torch.no_grad(), steerlens.steer(model, methods, backend="reference"):
+            weights = model(ids, attention_mask=mask, output_attentions=True).attentions
+        capture = steerlens.capture(model, stats=(), heads={}, maps=self.HEADS)
+        with torch.no_grad(), steerlens.steer(model, methods, backend=backend), capture as record:
+            model(ids, attention_mask=mask)
+        assert record.layers == (0, 2) and record[0].heads == () and record[0].mass is None
+        assert (record[0].map_heads, record[2].map_heads) == ((1, 6), tuple(range(8)))
+        pads = ~mask.bool()
+        hidden = (pads[:, :, None] | pads[:, None, :])[:, None]
+        for layer in (0, 2):
+            got = record[layer].map
+            assert got.dtype == torch.float32 and record[layer].map_rows == tuple(range(20))
+            assert torch.equal(got.isnan(), hidden.expand_as(got))
+            expected = weights[layer][:, list(record[layer].map_heads)]
+            assert torch.where(hidden, 0, got - expected).abs().max() < 1e-5
+            # every real row sums to 1, but where its head's output was set to zero or a mean, which sums to 1 as well
+            assert (got.nansum(-1) - 1)[~pads[:, None].expand(got.shape[:3])].abs().max() < 1e-5
+
+    @pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+    def test_generated_rows_are_appended_and_columns_grow(self, backend, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa"), prompts("left", (18, 11))
+        whole = torch.nn.functional.pad(mask, (0, 2), value=1)
+        steered = steerlens.steer(model, ZeroTuning(3.0), backend=backend)
+        records = {
+            rows: steerlens.capture(model, stats=["lse"], heads={1: [0]}, maps={1: [2, 5]}, map_rows=rows)
+            for rows in ("all", "last", (3, 17, 18))
+        }
+        with torch.no_grad(), steered:
+            for record in records.values():
+                with record:
+                    out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+            with steerlens.capture(model, stats=(), maps={1: [2, 5]}) as once:
+                model(out[:, :-1], attention_mask=whole)
+        every, expected = records["all"][1].map, once[1].map
+        assert every.shape == (2, 2, 20, 20) and torch.equal(every.isnan(), expected.isnan())
+        assert every[0].triu(1).eq(0).all() and every[1, :, 7:, 7:].triu(1).eq(0).all()
+        assert (every - expected).nan_to_num().abs().max() < 1e-5
+        assert records["all"][1].lse.shape == (2, 1, 20)
+        for rows, columns in (("last", (17, 18, 19)), ((3, 17, 18), (3, 17, 18))):
+            some = records[rows][1]
+            assert some.map_rows == columns and (some.map.shape[2] == 3 and some.map.shape[3] == 20 - (rows != "last"))
+            apart = some.map - every[:, :, list(columns), : some.map.shape[3]]
+            assert apart.nan_to_num().abs().max() < 1e-6
+
+    def test_columns_that_a_sliding_cache_let_go(self, model_of, prompts):
+        model, (ids, mask) = model_of("mistral"), prompts("left")
+        with torch.no_grad(), steerlens.capture(model, stats=(), maps={0: [0]}) as record:
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        with torch.no_grad(), steerlens.capture(model, stats=(), maps={0: [0]}) as once:
+            model(out[:, :-1], attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1))
+        got, expected = record[0].map, once[0].map
+        assert torch.equal(got.isnan(), expected.isnan()) and (got - expected).nan_to_num().abs().max() < 1e-5
+        assert got[0, 0, 22, :11].eq(0).all()
+
+    def test_a_map_beyond_its_limit_is_refused_before_it_is_made(self, model_of, prompts, monkeypatch):
+        model, (ids, _) = model_of("llama-gqa"), prompts()
+        size = 4 * 3 * 10 * 20 * 20  # batch 3, 10 heads
+        with torch.no_grad(), steerlens.capture(model, maps=self.HEADS, map_limit=size) as record:
+            cache = model(ids).past_key_values
+            with pytest.raises(UnsupportedError, match=r"10 heads in 2 layers would take 51\.68 KiB at 21 columns"):
+                model(ids[:, :1], past_key_values=cache)
+        assert record[2].map.shape == (3, 8, 20, 20)
+        monkeypatch.setattr(steerlens.recording.Record, "observe", None)
+        with (
+            steerlens.capture(model, maps=self.HEADS, map_limit=size - 1),
+            pytest.raises(UnsupportedError, match=r"map_limit is 46\.87 KiB.*fewer heads.*map_rows='last'"),
+        ):
+            model(ids)
+
+    def test_32k_columns_are_refused_by_default(self, model_of):
+        model = model_of("llama-gqa")
+        with steerlens.capture(model, maps="all"), pytest.raises(UnsupportedError, match="would take 96 GiB at 32768"):
+            model(torch.ones(1, 32768, dtype=torch.long))
+
+    @pytest.mark.parametrize("rows", ["first", [], [-1], [1.5], [True]])
+    def test_rows_that_are_none(self, rows, model_of):
+        with pytest.raises(ValueError, match=r"map_rows=.*allowed: 'all', 'last'"):
+            steerlens.capture(model_of("llama-gqa"), maps="all", map_rows=rows)

@@ -46,6 +46,9 @@ class Run:
     model_arg: options.ModelArgs = None
     trust_remote_code: options.TrustRemoteCode = False
 
+    drawn: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
+    """What the scores' settings say of the prompts."""
+
     def check(self) -> None:
         """Raise `UsageError` for an output that cannot be written, before anything is loaded."""
         if self.output is None:
@@ -84,8 +87,14 @@ class Run:
 
     def finish(self, found: HeadScores) -> None:
         """Write and print the scores."""
+        loading = ("dtype", "revision", "model_arg")
+        settings = {
+            **self.drawn,
+            **found.settings,
+            **{key: getattr(self, key) for key in loading if getattr(self, key)},
+        }
         # a path of the installation says less than the alias
-        found = dataclasses.replace(found, model={**found.model, "id": self.model})
+        found = dataclasses.replace(found, model={**found.model, "id": self.model}, settings=settings)
         if self.output is not None:
             found.save(self.output)
             found.heat_map(self.output.with_suffix(".png"))
@@ -129,10 +138,16 @@ class DataRun(Run):
         if self.data is not None:
             from steerlens import examples
 
+            self.drawn["data"] = str(self.data)
             return examples.read(self.data)[: self.samples]
-        generate = importlib.import_module("steerlens.evals.examples").generate
+        self.drawn.update(task=self.task or default, samples=self.samples, length=self.length, seed=self.seed)
         first = FIRST_SEED + self.seed * SEED_STEP
-        return list(generate(self.task or default, self.samples, first_seed=first, length=self.length))
+        return list(self.world().generate(self.task or default, self.samples, first_seed=first, length=self.length))
+
+    @staticmethod
+    def world() -> Any:
+        """The module that generates prompts."""
+        return importlib.import_module("steerlens.evals.examples")
 
 
 def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[..., HeadScores]]:
@@ -155,6 +170,7 @@ def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[.
                 annotation=hints[option.name],
             )
             for option in dataclasses.fields(kind)
+            if option.init
         ]
 
         def call(**given: Any) -> None:
@@ -175,3 +191,11 @@ def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[.
         return function
 
     return decorate
+
+
+def numbers(text: str, option: str, least: int, most: int) -> list[int]:
+    """Whole numbers of a list such as "0,50,100"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and least <= int(part) <= most for part in parts):
+        raise UsageError(f"{option} {text!r} is not a list of whole numbers from {least} to {most}, such as 10,50,100")
+    return [int(part) for part in parts]

@@ -141,8 +141,10 @@ def maps(
     model, tokenizer = run.load()
     if texts is None:
         ids = mapping.copying(tokenizer, tokens, run.seed)
+        run.drawn.update(tokens=tokens, seed=run.seed)
     else:
         ids = mapping.single_tokens(tokenizer, texts)
+        run.drawn["pairs"] = str(pairs)
         if relation is not None and relation not in ids:
             raise UsageError(f"--relation {relation!r}: none of its pairs is of single tokens for {run.model}")
     wanted = k if k is not None else 1 if texts is None else 10

@@ -132,7 +132,7 @@ def forced(
         examples: prompts with the groups, and with answers where these are forced.
         groups: span groups that each example needs.
         teacher_forced: the examples' answers instead of the model's.
-        max_new_tokens: longest response of the model.
+        max_new_tokens: longest response of the model; shorter where it has no room.
         batch_size: examples per forward.
         advance: told how many examples are done.
 
@@ -142,14 +142,15 @@ def forced(
     """
     require(measure, examples, answer=teacher_forced, groups=groups)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    room, any_response, number = 0 if teacher_forced else max_new_tokens, False, 0
-    for rows, inputs, spans in batches(model, tokenizer, examples, batch_size, groups=groups, room=room):
+    any_response, number = False, 0
+    for rows, inputs, spans in batches(model, tokenizer, examples, batch_size, groups=groups, room=1):
         pads = [int(n) for n in (inputs["attention_mask"] == 0).sum(-1)]
         prompts = [row[n:] for row, n in zip(inputs["input_ids"].tolist(), pads, strict=True)]
         if teacher_forced:
             responses = [answer_ids(tokenizer, row, ids) for row, ids in zip(rows, prompts, strict=True)]
         else:
-            responses = _generate(model, tokenizer, inputs, max_new_tokens)
+            room = max_new_tokens if limit is None else min(max_new_tokens, limit - inputs["input_ids"].shape[1])
+            responses = _generate(model, tokenizer, inputs, room)
         for at, (prompt, response) in enumerate(zip(prompts, responses, strict=True), number + 1):
             if limit is not None and len(prompt) + len(response) > limit:
                 raise ExampleError(
@@ -193,11 +194,20 @@ def answer_ids(tokenizer: Any, example: Example, prompt: Sequence[int]) -> list[
 def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[list[int]]:
     """The model's own greedy responses as token ids, up to the end-of-sequence token."""
     width = inputs["input_ids"].shape[1]
-    plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     with torch.no_grad():
-        sequences = model.generate(**inputs, **plain, max_new_tokens=max_new_tokens, pad_token_id=_pad(tokenizer))
+        sequences = model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad(tokenizer),
+        )
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     found = []
     for row in sequences[:, width:].tolist():
         stop = next((at for at, token in enumerate(row) if token in ends), len(row))
