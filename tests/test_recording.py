@@ -101,7 +101,10 @@ def test_forwards_are_appended(family, model_of, prompts):
             model(out[:, :-1], attention_mask=torch.nn.functional.pad(mask, (0, 4), value=1))
         with steerlens.capture(model, rows="last", stats=["mass"]) as last:
             model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        with steerlens.capture(model, rows=7, stats=["mass"]) as seven:
+            model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
     for layer in range(3):
+        assert torch.equal(seven[layer].mass.nan_to_num(), record[layer].mass[:, :, 13:].nan_to_num())
         for stat in ("mass", "entropy", "lse", "column_mean"):
             got, expected = getattr(record[layer], stat), getattr(once[layer], stat)
             assert got.shape == expected.shape and torch.equal(got.isnan(), expected.isnan())

@@ -7,13 +7,14 @@ import io
 import json
 import math
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from steerlens import __version__, files
-from steerlens.errors import HeadError, SteerlensError
+from steerlens.errors import HeadError, SpanError, SteerlensError
 from steerlens.examples import Example, ExampleError
 from steerlens.heads import rank
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from steerlens.spans import Spans
 
+_ROW = re.compile(r"row (\d+)")
 Head = tuple[int, int]
 Scores = Mapping[Head, Sequence[float]]
 
@@ -202,7 +204,7 @@ def batches(
         answers: put the answer behind the prompt, after a space (texts only).
 
     Raises:
-        ExampleError: for a prompt that is too long for the model. SpanError: for a span that is not found.
+        ExampleError: for a prompt that is too long for the model, or a span that is not found.
     """
     from steerlens.encoding import encode
 
@@ -211,7 +213,12 @@ def batches(
         rows = examples[first : first + size]
         prompts = [f"{row.prompt} {row.answer}" if answers else row.prompt for row in rows]
         wanted = {name: [list(row.groups.get(name, ())) for row in rows] for name in groups}
-        inputs, spans = encode(tokenizer, prompts, groups=wanted, device=model.device)
+        try:
+            inputs, spans = encode(tokenizer, prompts, groups=wanted, device=model.device)
+        except SpanError as error:
+            text = str(error).replace(', or on_missing="ignore"', "")
+            row = _ROW.match(text)
+            raise ExampleError(f"example {first + int(row[1]) + 1}{text[row.end() :]}" if row else text) from error
         lengths = inputs["attention_mask"].sum(-1).tolist()
         for number, length in enumerate(lengths, first + 1):
             if limit is not None and length + room > limit:
