@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 import transformers
+from steerlens.evals.examples import of
 from steerlens.evals.world import probe
 from steerlens.evals.world.tasks import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steerlens
-from steerlens.heads import rank
+from steerlens.measures import retrieval, sinks
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
 # First seeds of the sample sets; no set is used for two purposes.
@@ -197,14 +198,24 @@ def measure(path: Path, limit: int, command: str) -> tuple[dict[str, Any], dict[
 
     report("accuracy", run.accuracy())
     report("chat_accuracy", run.chat())
-    scores = probe.retrieval_scores(run.model, run.tokenizer, run.rows("needle", "scores", 256, 60))
-    ranked = rank(scores)
-    means = {f"{layer}-{head}": sum(scores[f"{layer}-{head}"]) / len(scores["0-0"]) for layer, head in ranked}
-    report("retrieval", {"trials": len(scores["0-0"]), "scores": {name: round(v, 3) for name, v in means.items()}})
+    needles = [of(row) for row in run.rows("needle", "scores", 256, 60)]
+    found = retrieval.measure(run.model, run.tokenizer, needles, count=True)
+    ranked, means = found.ranked(), found.means()
+    scores = {f"{layer}-{head}": round(means[layer, head], 3) for layer, head in ranked}
+    report("retrieval", {"trials": found.summary["accepted"], "scores": scores})
     report("masking", run.masking(ranked))
     report("masked_tasks", run.masked_tasks(ranked, record["masking"]["k"] or 8))
     report("pasta", run.pasta(ranked))
-    report("bos_sink", probe.sink_strength(run.model, run.tokenizer, run.rows("lookup", "sinks", 256, 20)))
+    lookups = [of(row) for row in run.rows("lookup", "sinks", 256, 20)]
+    strength = sinks.measure(run.model, run.tokenizer, lookups, tokens=256).means()
+    config = run.model.config
+    report(
+        "bos_sink",
+        [
+            [round(strength[layer, head], 3) for head in range(config.num_attention_heads)]
+            for layer in range(config.num_hidden_layers)
+        ],
+    )
     report("zerotuning", run.whole({f"gamma={gamma}": ZeroTuning(gamma=gamma) for gamma in GAMMAS}))
     acts = {
         "absolute 0.1": ACT(beta=0.4),
@@ -212,7 +223,7 @@ def measure(path: Path, limit: int, command: str) -> tuple[dict[str, Any], dict[
         "absolute 0.1, first sink spared": ACT(beta=0.4, spare="first_sink"),
     }
     report("act", run.whole(acts))
-    return record, scores
+    return record, found.to_dict()["scores"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Ask a model the generated world's questions, steered or not, and score its heads."""
+"""Ask a model the generated world's questions, steered or not."""
 
 from __future__ import annotations
 
@@ -87,51 +87,3 @@ def gain_interval(before: Sequence[bool], after: Sequence[bool], seed: int = 0) 
     gains = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
     means = sorted(sum(rng.choices(gains, k=len(gains))) / len(gains) for _ in range(2000))
     return [round(means[49], 4), round(means[1949], 4)]
-
-
-@torch.no_grad()
-def retrieval_scores(
-    model: Any, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]
-) -> dict[str, list[float]]:
-    """Count-based copy score of every query head, one number per passed sample (Wu et al. 2024).
-
-    The needle is the value inside the statement. A decode row scores 1 / (tokens of the needle) where the head's
-    most attended key lies in the needle and holds the token that the row produced. Samples that the model answers
-    wrongly are left out.
-    """
-    passed = [row for row, hit in zip(samples, hits(answers(model, tokenizer, samples), samples), strict=True) if hit]
-    scores: dict[str, list[float]] = {}
-    for row in passed:
-        # The statement ends in "value."
-        stop = row.spans[0][1] - 1
-        inputs, spans = encode(tokenizer, [f"{row.prompt} {row.answer}"], [[(stop - len(row.answer), stop)]])
-        start, end = spans[0][0]
-        ids = inputs["input_ids"][0].tolist()
-        count = end - start
-        with steerlens.capture(model, stats=("argmax",)) as record:
-            model(**{name: value.to(model.device) for name, value in inputs.items()})
-        for layer in range(model.config.num_hidden_layers):
-            found = record[layer].argmax
-            assert found is not None
-            keys = found[0, :, -count - 1 : -1].tolist()
-            for head, columns in enumerate(keys):
-                copied = sum(
-                    start <= key < end and ids[key] == token for key, token in zip(columns, ids[-count:], strict=True)
-                )
-                scores.setdefault(f"{layer}-{head}", []).append(round(copied / count, 4))
-    return scores
-
-
-@torch.no_grad()
-def sink_strength(model: Any, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[list[float]]:
-    """[layers][heads]: mean attention that BOS receives from the rows that see it (0 to 1), over the samples."""
-    total = torch.zeros(model.config.num_hidden_layers, model.config.num_attention_heads)
-    for row in samples:
-        inputs, _ = encode(tokenizer, [row.prompt], [[]])
-        with steerlens.capture(model, stats=("column_mean",)) as record:
-            model(**{name: value.to(model.device) for name, value in inputs.items()})
-        for layer in range(len(total)):
-            found = record[layer].column_mean
-            assert found is not None
-            total[layer] += found[0, :, 0].cpu()
-    return [[round(value, 3) for value in row] for row in (total / len(samples)).tolist()]
