@@ -86,7 +86,7 @@ class Projections:
         if self.facts.family not in FORMS:
             raise UnsupportedError(
                 f"model family {self.facts.family!r}: where its heads' value and output projections lie is not known; "
-                f"known: {', '.join(FORMS)}"
+                f"known: {', '.join(sorted(FORMS))}"
             )
         self.form = FORMS[self.facts.family]
 
