@@ -33,7 +33,7 @@ from steerlens.wrapping import EagerForward, outside_graphs
 
 if TYPE_CHECKING:
     from steerlens.attach import Steering
-    from steerlens.recording import Observer
+    from steerlens.observing import Observer
 
 NAME = "steerlens"
 _UNDERSTOOD = {

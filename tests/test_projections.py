@@ -10,8 +10,8 @@ from steerlens import decoder, models
 from steerlens.errors import MethodError, UnsupportedError
 from steerlens.examples import ExampleError
 from steerlens.measures import maps
+from steerlens.observing import Observer
 from steerlens.projections import FORMS, Projections
-from steerlens.recording import Observer
 
 MORE = {
     "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 16}),

@@ -16,8 +16,8 @@ from steerlens.errors import MethodError, UnsupportedError
 from steerlens.examples import Example
 from steerlens.measures.base import Head, HeadScores, MeasureError, batches, describe, require
 from steerlens.measures.responses import Forced, answer_ids
+from steerlens.observing import Observer
 from steerlens.passes import Pass
-from steerlens.recording import Observer
 
 Estimator = Literal["token", "example", "batch"]
 ESTIMATORS: tuple[Estimator, ...] = ("token", "example", "batch")
