@@ -255,6 +255,29 @@ def test_sinks_are_the_column_means_of_eager_attention(tiny):
                 assert found.scores[layer, head][place] == pytest.approx(value, abs=1e-5)
 
 
+def test_massive_activations_are_summed_up_by_channel(tiny):
+    model, tokenizer = tiny
+
+    def blow_up(module, arguments, output):
+        hidden = output.clone()
+        hidden[0, -short, 7], hidden[1, 0, 7], hidden[1, 5, 9] = 7e4, -9e4, 8e4
+        return hidden
+
+    examples = [Example("one or two"), Example("one or two or three or four")]
+    short, long = (len(tokenizer(example.prompt)["input_ids"]) for example in examples)
+    assert short < long
+    assert sinks.measure(model, tokenizer, examples).summary["massive_activations"] == []
+    hook = model.model.layers[3].register_forward_hook(blow_up)
+    try:
+        found = sinks.measure(model, tokenizer, examples).summary["massive_activations"]
+    finally:
+        hook.remove()
+    assert [row["channel"] for row in found] == [7, 9]
+    assert [row["on_first_token"] for row in found] == [1, 0]
+    assert found[0]["largest_per_layer"].keys() == {"3", "4", "5"}  # the residual stream carries it on
+    assert (found[0]["largest_per_layer"]["3"], found[1]["largest_per_layer"]["3"]) == (-9e4, 8e4)
+
+
 def test_the_first_tokens_of_padded_rows():
     ids, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     for count, expected, real in [

@@ -208,7 +208,7 @@ def batches(
     """
     from steerlens.encoding import encode
 
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context(model)
     for first in range(0, len(examples), size):
         rows = examples[first : first + size]
         prompts = [f"{row.prompt} {row.answer}" if answers else row.prompt for row in rows]
@@ -228,6 +228,37 @@ def batches(
                     "give shorter prompts (--length)"
                 )
         yield rows, inputs, spans
+
+
+def context(model: Any) -> int | None:
+    """Tokens that the model has room for, where its config says so."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def greedy(model: Any, tokenizer: Any, inputs: BatchEncoding, most: int, **options: Any) -> list[list[int]]:
+    """The model's greedy responses of at most `most` tokens, or what it has room for, up to the end-of-text token.
+
+    `options` go to `generate`.
+    """
+    width, limit = inputs["input_ids"].shape[1], context(model)
+    ends = model.generation_config.eos_token_id
+    known = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    sequences = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        max_new_tokens=most if limit is None else min(most, limit - width),
+        pad_token_id=pad,
+        **options,
+    )
+    rows = sequences[:, width:].tolist()
+    return [row[: next((at for at, token in enumerate(row) if token in known), len(row))] for row in rows]
 
 
 def _means(scores: Scores) -> dict[Head, float]:
