@@ -165,7 +165,7 @@ class TestTiny:
             lookback.measure(*tiny, [bare], teacher_forced=True)
 
     def test_no_response(self, tiny, monkeypatch):
-        monkeypatch.setattr("steerlens.measures.responses._generate", lambda *a: [[]] * 6)
+        monkeypatch.setattr("steerlens.measures.responses.greedy", lambda *a: [[]] * 6)
         with pytest.raises(MeasureError, match=r"answered none of the 6 prompts .*--teacher-forced"):
             lookback.measure(*tiny, examples_of("needle"))
 

@@ -12,7 +12,7 @@ import torch
 from steerlens import decoder
 from steerlens.encoding import encode
 from steerlens.examples import Example, ExampleError
-from steerlens.measures.base import MeasureError, batches, require
+from steerlens.measures.base import MeasureError, batches, context, greedy, require
 from steerlens.spans import Range
 from steerlens.wrapping import unwrap
 
@@ -141,7 +141,7 @@ def forced(
         MeasureError: if every response is empty.
     """
     require(measure, examples, answer=teacher_forced, groups=groups)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context(model)
     any_response, number = False, 0
     for rows, inputs, spans in batches(model, tokenizer, examples, batch_size, groups=groups, room=1):
         pads = [int(n) for n in (inputs["attention_mask"] == 0).sum(-1)]
@@ -149,8 +149,7 @@ def forced(
         if teacher_forced:
             responses = [answer_ids(tokenizer, row, ids) for row, ids in zip(rows, prompts, strict=True)]
         else:
-            room = max_new_tokens if limit is None else min(max_new_tokens, limit - inputs["input_ids"].shape[1])
-            responses = _generate(model, tokenizer, inputs, room)
+            responses = greedy(model, tokenizer, inputs, max_new_tokens)
         for at, (prompt, response) in enumerate(zip(prompts, responses, strict=True), number + 1):
             if limit is not None and len(prompt) + len(response) > limit:
                 raise ExampleError(
@@ -189,30 +188,6 @@ def answer_ids(tokenizer: Any, example: Example, prompt: Sequence[int]) -> list[
             return whole[len(prompt) :]
         answer = space + answer
     return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-
-def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[list[int]]:
-    """The model's own greedy responses as token ids, up to the end-of-sequence token."""
-    width = inputs["input_ids"].shape[1]
-    with torch.no_grad():
-        sequences = model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=_pad(tokenizer),
-        )
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    found = []
-    for row in sequences[:, width:].tolist():
-        stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-        found.append(row[:stop])
-    return found
 
 
 def _pad(tokenizer: Any) -> int:
