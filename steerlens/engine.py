@@ -33,7 +33,7 @@ from steerlens.wrapping import EagerForward, outside_graphs
 
 if TYPE_CHECKING:
     from steerlens.attach import Steering
-    from steerlens.recording import Record
+    from steerlens.observing import Observer
 
 NAME = "steerlens"
 _UNDERSTOOD = {
@@ -124,8 +124,8 @@ class Engine(Guarded):
         self.facts, self.modules = decoder.read(base)
         self.sites: dict[int, Site] = {}
         self.contexts: list[Steering] = []
-        self.records: list[Record] = []
-        self.observers: list[Steering | Record] = []
+        self.records: list[Observer] = []
+        self.observers: list[Steering | Observer] = []
         self.backend = "auto"
         self.witness: selfcheck.Witness | None = None
         self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Any, Prompt]] = weakref.WeakKeyDictionary()
@@ -145,9 +145,8 @@ class Engine(Guarded):
 
     def describe(self) -> str:
         """The contexts in force, for messages."""
-        return (
-            ", ".join([c.describe() for c in self.contexts] + ["steerlens.capture"] * bool(self.records)) or "steerlens"
-        )
+        names = [c.describe() for c in self.contexts] + list(dict.fromkeys(r.name for r in self.records))
+        return ", ".join(names) or "steerlens"
 
     def claim(self) -> None:
         """The thread that attaches first; another one must wait until all contexts are left."""
@@ -205,7 +204,7 @@ class Engine(Guarded):
             self._forward.note()
 
     @property
-    def users(self) -> list[Steering | Record]:
+    def users(self) -> list[Steering | Observer]:
         """Every context in force."""
         return [*self.contexts, *self.records]
 
@@ -413,6 +412,8 @@ class Engine(Guarded):
         for observer in () if again else self.observers:
             with torch.no_grad():
                 observer.observe(site.layer, call, now)
+        for record in self.records:
+            record.output(site.layer, output, now)
         return output, matrix
 
     def _call(

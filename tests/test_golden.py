@@ -51,7 +51,7 @@ def models():
 
 def method_of(case):
     s = case["settings"]
-    if s.get("steering") == "none":
+    if s.get("steering") == "none" or "needle_range" in s:
         return None
     if case["method"] == "pasta":
         heads = {int(k): v for k, v in s["head_config"].items()}

@@ -9,9 +9,10 @@ import typer
 
 from steerlens.cli.guard import UsageError
 from steerlens.cli.measuring import DataRun, Run, app, command, numbers
+from steerlens.cli.scores import contextual, importance, lookback, maps, sra
 from steerlens.measures.base import HeadScores
 
-__all__ = ["app"]
+__all__ = ["app", "contextual", "importance", "lookback", "maps", "sra"]
 
 
 @command(samples=40)

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from steerlens.examples import Example
     from steerlens.measures.base import HeadScores
 
-app = typer.Typer(help="Score attention heads, for --heads FILE.json:top20 anywhere.", no_args_is_help=True)
+app = typer.Typer()
 # The world's prompts that heads are measured on; evaluation and tuning draw theirs from lower seeds.
 FIRST_SEED, SEED_STEP = 200_000, 10_000
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    """Score attention heads, for --heads FILE.json:top20 anywhere."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import io
 import json
 import math
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from steerlens import __version__, files
-from steerlens.errors import HeadError, SteerlensError
+from steerlens.errors import HeadError, SpanError, SteerlensError
 from steerlens.examples import Example, ExampleError
 from steerlens.heads import rank
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from steerlens.spans import Spans
 
+_ROW = re.compile(r"row (\d+)")
 Head = tuple[int, int]
 Scores = Mapping[Head, Sequence[float]]
 
@@ -202,16 +204,21 @@ def batches(
         answers: put the answer behind the prompt, after a space (texts only).
 
     Raises:
-        ExampleError: for a prompt that is too long for the model. SpanError: for a span that is not found.
+        ExampleError: for a prompt that is too long for the model, or a span that is not found.
     """
     from steerlens.encoding import encode
 
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context(model)
     for first in range(0, len(examples), size):
         rows = examples[first : first + size]
         prompts = [f"{row.prompt} {row.answer}" if answers else row.prompt for row in rows]
         wanted = {name: [list(row.groups.get(name, ())) for row in rows] for name in groups}
-        inputs, spans = encode(tokenizer, prompts, groups=wanted, device=model.device)
+        try:
+            inputs, spans = encode(tokenizer, prompts, groups=wanted, device=model.device)
+        except SpanError as error:
+            text = str(error).replace(', or on_missing="ignore"', "")
+            row = _ROW.match(text)
+            raise ExampleError(f"example {first + int(row[1]) + 1}{text[row.end() :]}" if row else text) from error
         lengths = inputs["attention_mask"].sum(-1).tolist()
         for number, length in enumerate(lengths, first + 1):
             if limit is not None and length + room > limit:
@@ -221,6 +228,37 @@ def batches(
                     "give shorter prompts (--length)"
                 )
         yield rows, inputs, spans
+
+
+def context(model: Any) -> int | None:
+    """Tokens that the model has room for, where its config says so."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def greedy(model: Any, tokenizer: Any, inputs: BatchEncoding, most: int, **options: Any) -> list[list[int]]:
+    """The model's greedy responses of at most `most` tokens, or what it has room for, up to the end-of-text token.
+
+    `options` go to `generate`.
+    """
+    width, limit = inputs["input_ids"].shape[1], context(model)
+    ends = model.generation_config.eos_token_id
+    known = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    sequences = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        max_new_tokens=most if limit is None else min(most, limit - width),
+        pad_token_id=pad,
+        **options,
+    )
+    rows = sequences[:, width:].tolist()
+    return [row[: next((at for at, token in enumerate(row) if token in known), len(row))] for row in rows]
 
 
 def _means(scores: Scores) -> dict[Head, float]:

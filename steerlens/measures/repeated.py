@@ -14,7 +14,7 @@ import torch
 import steerlens
 from steerlens.errors import HeadError
 from steerlens.examples import ExampleError
-from steerlens.measures.base import Head, HeadScores, describe
+from steerlens.measures.base import Head, HeadScores, context, describe
 from steerlens.recording import MAP_LIMIT
 
 
@@ -77,7 +77,7 @@ def measure(
         raise HeadError(f"kind {kind!r} is unknown; allowed: {', '.join(FORMULAS)}")
     ids = sequences(model, tokenizer, length, samples, seed)
     total, about = ids.shape[1], describe(model)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context(model)
     if length < 2 or (limit is not None and total > limit):
         raise ExampleError(
             f"{kind} on {length} tokens, twice ({total}): the model has room for {limit}; allowed: 2 or more"

@@ -17,7 +17,7 @@ import torch
 import steerlens
 from steerlens.encoding import Chars, Regex, Substring
 from steerlens.examples import Example
-from steerlens.measures.base import Head, HeadScores, MeasureError, batches, describe, require
+from steerlens.measures.base import Head, HeadScores, MeasureError, batches, context, describe, greedy, require
 
 ACCEPTED = 0.5
 STRONG = 0.1
@@ -89,31 +89,16 @@ def measure(
         ExampleError: for an example without "gold", or too long. MeasureError: if no trial is accepted.
     """
     require("retrieval", examples, groups=("gold",))
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    ends = _ends(model, tokenizer)
     names = ("count", "set") if count else ("set", "count")
     scores: dict[str, dict[Head, list[float]]] = {name: {} for name in names}
     accepted, response = 0, ""
     narrowed = [replace(example, groups={"gold": _narrow(example)}) for example in examples]
     for rows, inputs, spans in batches(model, tokenizer, narrowed, batch_size, groups=("gold",), room=1):
-        width = inputs["input_ids"].shape[1]
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - width)
         with torch.no_grad(), steerlens.capture(model, stats=("argmax",), rows="last") as record:
-            sequences = model.generate(
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
-                max_new_tokens=room,
-                pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=[_Newline(tokenizer)],
-            )
+            responses = greedy(model, tokenizer, inputs, max_new_tokens, stopping_criteria=[_Newline(tokenizer)])
         keys = {layer: record[layer].argmax.cpu() for layer in record.layers}  # type: ignore[union-attr]
         for place, row in enumerate(rows):
-            produced = _until(sequences[place, width:].tolist(), tokenizer, ends)
+            produced = _line(responses[place], tokenizer)
             ids = inputs["input_ids"][place].tolist()
             needle = sorted({key for a, b in spans.groups["gold"][place] for key in range(a, b)})
             response = tokenizer.decode(produced, skip_special_tokens=True)
@@ -146,7 +131,7 @@ def measure(
 
 def lengths(model: Any, most: int = 4096) -> list[int]:
     """Four prompt lengths up to `most` tokens, or up to half of what the model has room for."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context(model)
     top = most if limit is None else min(most, limit // 2)
     return [top * part // 4 for part in range(1, 5)]
 
@@ -161,18 +146,10 @@ class _Newline:
         return torch.tensor(["\n" in self.tokenizer.decode([i]) for i in ids[:, -1].tolist()], device=ids.device)
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
-
-
-def _until(produced: list[int], tokenizer: Any, ends: set[int]) -> list[int]:
-    """The tokens up to the one that ended the row; behind it generate pads."""
-    for place, token in enumerate(produced):
-        if token in ends or "\n" in tokenizer.decode([token]):
-            return produced[: place + 1]
-    return produced
+def _line(produced: list[int], tokenizer: Any) -> list[int]:
+    """The tokens up to the first with a newline; a batch goes on until every row has ended."""
+    stop = next((place for place, token in enumerate(produced) if "\n" in tokenizer.decode([token])), len(produced))
+    return produced[: stop + 1]
 
 
 def _narrow(example: Example) -> tuple[Any, ...]:

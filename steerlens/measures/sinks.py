@@ -1,11 +1,12 @@
 """Attention sinks: keys that receive much attention from every row that sees them.
 
-The sink metric is Gu et al. 2024 (arXiv 2410.10781), hidden sinks are those that ACT looks for (arXiv 2406.15765).
+The sink metric is Gu et al. 2024 (arXiv 2410.10781), hidden sinks are those that ACT looks for (arXiv 2406.15765),
+massive activations of the hidden state, which come with sinks, are Sun et al. 2024 (arXiv 2402.17762).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def measure(
 
     The metric is the mean weight over the rows that see the token, its own included. `other["hidden"]` is the share of
     the other tokens whose mean weight is above ACT's threshold; the last tokens are seen by few rows, so that one of
-    them easily is.
+    them easily is. The summary has Sink^ε and the channels of massive activations.
 
     Args:
         model: a transformers decoder model.
@@ -67,15 +68,19 @@ def measure(
     require("sinks", examples)
     scores: dict[Head, list[float]] = {}
     hidden: dict[Head, list[float]] = {}
+    massive: dict[int, list[tuple[int, bool, float]]] = {}
     read = []
     for rows, inputs, _ in batches(model, tokenizer, examples, batch_size):
         cut = first_tokens(inputs, tokens)
         read += cut["attention_mask"].sum(-1).tolist()
-        with torch.no_grad(), steerlens.capture(model, stats=("column_mean",)) as record:
+        first = (cut["attention_mask"] == 0).sum(-1).tolist()
+        with torch.no_grad(), steerlens.capture(model, stats=("column_mean", "massive")) as record:
             model(**cut)
         for layer in record.layers:
-            means = record[layer].column_mean
-            assert means is not None
+            means, activations = record[layer].column_mean, record[layer].massive
+            assert means is not None and activations is not None
+            for found in activations.find():
+                massive.setdefault(found.channel, []).append((layer, found.column == first[found.row], found.value))
             for kept, values in zip((scores, hidden), first_and_hidden(means, threshold), strict=True):
                 for place, head in enumerate(record[layer].heads):
                     kept.setdefault((layer, head), []).extend(values[:, place].tolist())
@@ -91,8 +96,25 @@ def measure(
             "prompts": len(examples),
             "tokens": [min(read), max(read)],
             "sink_percent": round(percent(metrics, epsilon), 4),
+            "massive_activations": channels(massive),
         },
     )
+
+
+def channels(massive: Mapping[int, Sequence[tuple[int, bool, float]]]) -> list[dict[str, Any]]:
+    """Per channel with massive activations: the largest in each layer, signed, and how many are on first tokens.
+
+    Args:
+        massive: per channel each activation's layer, whether it is on a first token, and its value.
+    """
+    rows = []
+    for channel, found in massive.items():
+        largest: dict[str, float] = {}
+        for layer, _, value in sorted(found, key=lambda each: (each[0], abs(each[2]))):
+            largest[str(layer)] = round(value, 2)
+        share = sum(on_first for _, on_first, _ in found) / len(found)
+        rows.append({"channel": channel, "largest_per_layer": largest, "on_first_token": round(share, 4)})
+    return sorted(rows, key=lambda row: -max(map(abs, row["largest_per_layer"].values())))
 
 
 def first_tokens(inputs: Any, count: int) -> dict[str, torch.Tensor]:

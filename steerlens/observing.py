@@ -1,0 +1,64 @@
+"""Contexts that watch a model's attention calls."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from steerlens import decoder
+from steerlens.backends.call import Call
+from steerlens.engine import Engine
+from steerlens.errors import SteeringStateError
+from steerlens.passes import Pass
+from steerlens.spans import Spans
+from steerlens.wrapping import unwrap
+
+
+class Observer:
+    """Watches the attention calls of `layers`; what a subclass does not override it does not look at."""
+
+    name = "steerlens.capture"
+    """What messages call it."""
+    spans: Spans | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = unwrap(model)
+        self._engine = Engine.of(decoder.find(self.model))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose calls are seen."""
+        return self._engine.facts.attention_layers
+
+    def __enter__(self) -> Self:
+        self._engine = Engine.of(self._engine.base)
+        if self in self._engine.records:
+            raise SteeringStateError("this capture is on already: open another one")
+        self._engine.claim()
+        self._engine.records.append(self)
+        try:
+            self._engine.update()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.records.remove(self)
+        self._engine.update()
+
+    def check_rows(self, batch: int, expand: int) -> None:
+        """Raise if a batch of `batch` rows is not the one that is watched."""
+
+    def expect(self, now: Pass) -> None:
+        """Raise if the forward that begins cannot be watched."""
+
+    def observe(self, layer: int, call: Call, now: Pass) -> None:
+        """See what goes into an attention call, without gradients."""
+
+    def output(self, layer: int, output: torch.Tensor, now: Pass) -> None:
+        """See what an attention call gives, [B, Tq, H, Dv], with its gradient history, before the layer gets it."""
