@@ -225,7 +225,7 @@ def batches(
                 answer = f" and {room} for the answer" if room else ""
                 raise ExampleError(
                     f"example {number} has {length} tokens{answer}; the model has room for {limit}: "
-                    "give shorter prompts (--length)"
+                    "give shorter prompts"
                 )
         yield rows, inputs, spans
 
