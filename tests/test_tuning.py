@@ -371,9 +371,8 @@ class TestSearch:
         outcome = made.run()
         assert outcome.contrasts["baseline"]["entropy"].high < 0 and math.isnan(outcome.sides["tuned"].accuracy)
         with pytest.raises(TuneError, match="needs an 'answer' in every example"):
-            Search(
-                made.scorer, made.facts, Settings(ZeroTuning), {"t": [Example("a")]}, [Example("b")], [Example("c")], None
-            )
+            rows = [Example("a")]
+            Search(made.scorer, made.facts, Settings(ZeroTuning), {"t": rows}, rows, rows, made.journal)
 
     @pytest.mark.parametrize(("per", "units"), [("index", 8), ("layer", 6)])
     def test_units(self, per, units, tiny, tmp_path):
