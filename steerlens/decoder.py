@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,28 @@ def read(base: torch.nn.Module) -> tuple[ModelFacts, dict[int, torch.nn.Module]]
     modules = _attention_modules(base, known)
     heads = {layer: getattr(module, "num_heads", None) for layer, module in modules.items()}
     return facts.read(base.config, heads), modules
+
+
+def layers(base: torch.nn.Module, wanted: Iterable[int]) -> dict[int, torch.nn.Module]:
+    """The decoder layer around the attention module of each wanted layer: an element of the decoder's `ModuleList`.
+
+    Raises:
+        UnsupportedError: if there is none.
+    """
+    modules = read(base)[1]
+    found: dict[int, torch.nn.Module] = {}
+    for element in (part for stack in base.modules() if isinstance(stack, torch.nn.ModuleList) for part in stack):
+        inside = {id(module) for module in element.modules()} - {id(element)}
+        for layer in wanted:
+            if id(modules[layer]) in inside:
+                found.setdefault(layer, element)
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise UnsupportedError(
+            f"layers {missing} of {type(base).__name__} have their attention in no decoder layer of a ModuleList, so "
+            "that their hidden states are out of reach: leave 'massive' out of stats"
+        )
+    return found
 
 
 def _attention_modules(base: torch.nn.Module, known: ModelFacts) -> dict[int, torch.nn.Module]:

@@ -2,81 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from steerlens import decoder
 from steerlens.backends import fused, reference, sdpa
 from steerlens.backends.call import Call, Cut
+from steerlens.captured import KNOWN, PADDING, STATS, Captured, LayerRecord
 from steerlens.edits import FirstToken, SpanKeys
 from steerlens.engine import Engine
 from steerlens.errors import SpanError, SteeringStateError, UnsupportedError, nearest
 from steerlens.heads import Heads
+from steerlens.massive import Massive
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
 from steerlens.wrapping import unwrap
 
-STATS = ("mass", "entropy", "argmax", "lse", "column_mean")
+__all__ = ["KNOWN", "STATS", "Captured", "LayerRecord", "Massive", "Record", "capture"]
+
 MAP_LIMIT = 256 << 20
 """Bytes that dense maps may take over all layers unless told otherwise."""
-PADDING = {"mass": torch.nan, "entropy": torch.nan, "lse": torch.nan, "argmax": -1}
 
 
-@dataclass
-class LayerRecord:
-    """What was captured in one layer; fp32 on the layer's device, forwards appended along Tq, pads NaN.
-
-    Attributes:
-        heads: query heads along H; under tensor parallelism those that this process holds, maybe none.
-        mass: attention mass per span group, [B, H, Tq, G], G as `Record.groups`.
-        entropy: of each row in nats, [B, H, Tq].
-        argmax: padded column of the most attended key, int64 [B, H, Tq]; lowest column on a tie, -1 for pads.
-        lse: log-sum-exp of the scaled, masked logits before any edit, learned sinks included, in nats, [B, H, Tq].
-        column_mean: mean weight of a key over the captured real rows that see it, [B, H, Tk].
-        map_heads: query heads along h of `map`, as `heads`.
-        map_rows: padded column of each row along R of `map`.
-    """
-
-    heads: tuple[int, ...]
-    mass: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    argmax: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
-    column_mean: torch.Tensor | None = None
-    map_heads: tuple[int, ...] = ()
-    map_rows: tuple[int, ...] = ()
-    _sums: torch.Tensor | None = field(default=None, repr=False)
-    _counts: torch.Tensor | None = field(default=None, repr=False)
-    _maps: list[torch.Tensor] = field(default_factory=list, repr=False)
-    _real: torch.Tensor | None = field(default=None, repr=False)
-
-    @property
-    def map(self) -> torch.Tensor | None:
-        """Weights finally used, [B, h, R, Tk]: rows and columns of pads NaN, 0 where a row does not see a key."""
-        if len(self._maps) > 1:
-            width = max(part.shape[-1] for part in self._maps)
-            self._maps = [torch.cat([self._grown(part, width) for part in self._maps], 2)]
-        return self._maps[0] if self._maps else None
-
-    def _grown(self, part: torch.Tensor, width: int) -> torch.Tensor:
-        """A map with the columns of later forwards, which its rows did not see."""
-        before, pads = part.shape[-1], part.isnan().all(-1, keepdim=True)
-        part = torch.nn.functional.pad(part, (0, width - before)).masked_fill_(pads, torch.nan)
-        if self._real is not None and width > before:
-            part[..., before:].masked_fill_(~fit(self._real, width - before, before)[:, None, None], torch.nan)
-        return part
-
-
-class Record:
+class Record(Captured):
     """Captured statistics: `record[layer]`, filled by every forward inside the context.
 
     Attributes:
         groups: names of the last axis of `mass`: the span groups, or `("first_token",)` without spans.
         stats: the statistics recorded.
+        rows: `all` query rows, or the `last` of each forward.
     """
 
     def __init__(
@@ -91,34 +49,29 @@ class Record:
         map_limit: int = MAP_LIMIT,
     ) -> None:
         for stat in stats:
-            if stat not in STATS:
-                raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(STATS)}{nearest(stat, STATS)}")
+            if stat not in KNOWN:
+                raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(KNOWN)}{nearest(stat, KNOWN)}")
         if rows not in ("all", "last"):
             raise ValueError(f"rows={rows!r} is unknown; allowed: 'all', 'last' (the last row of each forward)")
         self.model = unwrap(model)
         self._engine = Engine.of(decoder.find(self.model))
-        self.stats, self.rows = tuple(stats), rows
+        facts = self._engine.facts
         self._batch: int | None = None
         self.spans = None if spans is None else Spans.of(spans)
         named = self.spans is not None and self.spans.groups
-        self.groups: tuple[str, ...] = tuple(self.spans.groups) if self.spans and named else ("first_token",)
-        self._heads = Heads.parse(heads).resolve(self._engine.facts)
-        self._map_heads = {} if maps is None else Heads.parse(maps).resolve(self._engine.facts)
+        self._heads = Heads.parse(heads).resolve(facts)
+        self._map_heads = {} if maps is None else Heads.parse(maps).resolve(facts)
         self._map_rows, self.map_limit = _map_rows(map_rows), map_limit
-        self._layers: dict[int, LayerRecord] = {
+        layers = {
             layer: LayerRecord(self._heads.get(layer, ()), map_heads=self._map_heads.get(layer, ()))
             for layer in sorted(self._heads.keys() | self._map_heads.keys())
         }
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Captured layers."""
-        return tuple(self._layers)
-
-    def __getitem__(self, layer: int) -> LayerRecord:
-        if layer not in self._layers:
-            raise KeyError(f"layer {layer} is not captured; captured: {list(self._layers)}")
-        return self._layers[layer]
+        super().__init__(
+            tuple(self.spans.groups) if self.spans and named else ("first_token",), stats, rows, layers, facts.name
+        )
+        self._attention = tuple(stat for stat in self.stats if stat in STATS)
+        self._massive = decoder.layers(self._engine.base, self._heads) if "massive" in self.stats else {}
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         self._engine = Engine.of(self._engine.base)
@@ -128,6 +81,8 @@ class Record:
         self._engine.records.append(self)
         try:
             self._engine.update()
+            for layer, module in self._massive.items():
+                self._hooks.append(module.register_forward_hook(self._watch(layer)))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -136,6 +91,9 @@ class Record:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self._engine.records.remove(self)
         self._engine.update()
 
@@ -175,36 +133,85 @@ class Record:
         real = now.real_rows()
         real = torch.ones(call.query.shape[0], now.q_len, dtype=torch.bool) if real is None else real
         real = real.to(call.query.device)
-        if record.heads and self.stats:
+        if record.heads and self._attention:
             self._statistics(record, call, now, real, now.keys[layer])
         if record.map_heads:
             self._map(record, call, now, real, now.keys[layer][1])
+
+    def _watch(self, layer: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            now = self._engine.current
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            if now is None:  # a forward that is left native
+                return
+            if hidden.ndim != 3:
+                raise UnsupportedError(
+                    f"steerlens.capture: layer {layer} of {self._name} gives a hidden state of shape "
+                    f"{list(hidden.shape)}; 'massive' knows [batch, tokens, channels]: leave it out of stats"
+                )
+            now = now.on(hidden.device).last(hidden.shape[1])
+            first = now.q_len - 1 if self.rows == "last" else 0
+            record = self._layers[layer]
+            found = Massive.of(hidden[:, first:], _columns(now, len(hidden), first))
+            record.massive = found if record.massive is None else record.massive.then(found)
+
+        return hook
 
     def _statistics(
         self, record: LayerRecord, call: Call, now: Pass, real: torch.Tensor, keys: tuple[int, int]
     ) -> None:
         heads, (length, start) = [h - call.first for h in record.heads], keys
         groups = self._group_keys(now, length, start)
-        first = call.query.shape[2] - 1 if self.rows == "last" else 0
-        parts: dict[str, list[torch.Tensor]] = {stat: [] for stat in self.stats if stat in PADDING}
+        first = now.q_len - 1 if self.rows == "last" else 0
         cut = any(isinstance(edit, Cut) for edit in call.edits)
         if self._engine.backend == "triton" and self.rows == "all" and not cut:
-            self._by_kernels(record, parts, call, heads, groups, real, now.columns, start)
-            self._append(record, parts, now)
-            return
-        edits = reference.resolve(call, sdpa.budget(call))
-        for block in reference.blocks(call, sdpa.budget(call), len(heads)):
+            found = fused.statistics(call, heads, groups, real, self._attention)
+        else:
+            found = self._by_blocks(call, heads, groups, real, first)
+        for stat in (stat for stat in self._attention if stat in PADDING):
+            values, before = found[stat], getattr(record, stat)
+            if stat == "argmax":  # of a token that sees no key it is the first
+                values = values.clamp(min=0) + start
+            keep = real[:, None, first:]
+            values = torch.where(keep[..., None] if values.ndim == 4 else keep, values, PADDING[stat])
+            setattr(record, stat, values if before is None else torch.cat([before, values], 2))
+        columns = _columns(now, len(real), first)
+        record.columns = columns if record.columns is None else torch.cat([record.columns, columns], 1)
+        if "column_mean" in self.stats:
+            self._average(record, found["sums"], found["observers"], now, start)
+
+    def _by_blocks(
+        self, call: Call, heads: list[int], groups: torch.Tensor, real: torch.Tensor, first: int
+    ) -> dict[str, torch.Tensor]:
+        """What `fused.statistics` gives, of the rows from `first` on, by the reference."""
+        budget, (B, _, Tq, _), Tk = sdpa.budget(call), call.query.shape, call.key.shape[2]
+        edits = reference.resolve(call, budget)
+        # Whole from the start: small pieces that stay between large ones that go would leave holes in the heap.
+        found: dict[str, torch.Tensor] = {}
+        for stat in (stat for stat in self._attention if stat in PADDING):
+            shape = (B, len(heads), Tq - first, *([len(self.groups)] if stat == "mass" else []))
+            found[stat] = torch.empty(shape, device=real.device, dtype=torch.int64 if stat == "argmax" else None)
+        if "column_mean" in self.stats:
+            per_head = call.mask is not None and call.mask.shape[1] > 1
+            found["sums"] = torch.zeros(B, len(heads), Tk, device=real.device)
+            found["observers"] = torch.zeros(B, len(heads) if per_head else 1, Tk, device=real.device)
+        for block in reference.blocks(call, budget, len(heads)):
             rows = slice(max(block.start, first), block.stop)
             if rows.start >= rows.stop:
                 continue
-            a = reference.weights(call, edits, rows, heads).float()
-            for stat, values in self._rows(a, call, rows, heads, groups, start).items():
-                keep = real[:, None, rows]
-                keep = keep[..., None] if values.ndim == 4 else keep
-                parts[stat].append(torch.where(keep, values, PADDING[stat]))
+            near, kept, place = reference.near(call, edits, rows)
+            keys = slice(place, place + near.key.shape[2])
+            a, lse = reference.weights_and_lse(near, kept, rows, heads)
+            a = a.float()
+            for stat, values in self._rows(a, lse, groups[..., keys], place).items():
+                found[stat][:, :, rows.start - first : rows.stop - first] = values
             if "column_mean" in self.stats:
-                self._columns(record, a, call, rows, heads, real, now.columns, start)
-        self._append(record, parts, now)
+                counted = real[:, None, None, rows].float()
+                visible = near.visible(rows)
+                visible = visible if visible.shape[1] == 1 else visible[:, heads]
+                found["sums"][..., keys] += (counted @ a)[:, :, 0]
+                found["observers"][..., keys] += (counted @ visible.float())[:, :, 0]
+        return found
 
     def _map(self, record: LayerRecord, call: Call, now: Pass, real: torch.Tensor, start: int) -> None:
         wanted = self._rows_of_maps(now)
@@ -240,78 +247,41 @@ class Record:
         places = (column - now.q_offset for column in self._map_rows)
         return [range(i, i + 1) for i in places if 0 <= i < now.q_len]
 
-    def _by_kernels(
-        self,
-        record: LayerRecord,
-        parts: dict[str, list[torch.Tensor]],
-        call: Call,
-        heads: list[int],
-        groups: torch.Tensor,
-        real: torch.Tensor,
-        columns: int,
-        start: int,
-    ) -> None:
-        found = fused.statistics(call, heads, groups, real, self.stats)
-        for stat in parts:
-            # as of the reference, the argmax of a token that sees no key is the first
-            values = found[stat].clamp(min=0) + start if stat == "argmax" else found[stat]
-            keep = real[:, None]
-            parts[stat].append(torch.where(keep[..., None] if values.ndim == 4 else keep, values, PADDING[stat]))
-        if "column_mean" in self.stats:
-            self._sum(record, found["sums"], found["observers"], columns, start)
-
-    def _append(self, record: LayerRecord, parts: dict[str, list[torch.Tensor]], now: Pass) -> None:
-        for stat, found in parts.items():
-            joined, before = torch.cat(found, 2), getattr(record, stat)
-            setattr(record, stat, joined if before is None else torch.cat([before, joined], 2))
-        if record._sums is not None and record._counts is not None:
-            mean = record._sums / record._counts.clamp(min=1)
-            known = torch.ones_like(mean[:, :1], dtype=torch.bool) if now.real is None else now.real[:, None]
-            record.column_mean = torch.where(known & (record._counts > 0), mean, torch.nan)
-
-    def _rows(
-        self, a: torch.Tensor, call: Call, rows: slice, heads: list[int], groups: torch.Tensor, start: int
-    ) -> dict[str, torch.Tensor]:
+    def _rows(self, a: torch.Tensor, lse: torch.Tensor, groups: torch.Tensor, place: int) -> dict[str, torch.Tensor]:
+        """Statistics of a block whose first key has `place`."""
         found: dict[str, torch.Tensor] = {}
         if "mass" in self.stats:
             found["mass"] = torch.einsum("bhrk,bgk->bhrg", a, groups.float())
         if "entropy" in self.stats:
             found["entropy"] = torch.special.entr(a).sum(-1)
         if "argmax" in self.stats:
-            # argmax does not promise the first of equal maxima.
-            found["argmax"] = (a == a.amax(-1, keepdim=True)).long().cummax(-1).values.eq(0).sum(-1) + start
+            # argmax does not promise the first of equal maxima
+            back = torch.arange(a.shape[-1], 0, -1, dtype=torch.int32, device=a.device)
+            found["argmax"] = place + a.shape[-1] - torch.where(a == a.amax(-1, keepdim=True), back, 0).amax(-1).long()
         if "lse" in self.stats:
-            found["lse"] = reference.lse(call, rows, heads).float()
+            found["lse"] = lse.float()
         return found
 
-    def _columns(
-        self,
-        record: LayerRecord,
-        a: torch.Tensor,
-        call: Call,
-        rows: slice,
-        heads: list[int],
-        real: torch.Tensor,
-        columns: int,
-        start: int,
-    ) -> None:
-        counted = real[:, None, rows, None]
-        visible = call.visible(rows)
-        seen = (visible if visible.shape[1] == 1 else visible[:, heads]) & counted
-        self._sum(record, (a * counted).sum(2), seen.sum(2).float(), columns, start)
-
-    def _sum(self, record: LayerRecord, sums: torch.Tensor, counts: torch.Tensor, columns: int, start: int) -> None:
-        place = (start, columns - start - sums.shape[-1])
+    def _average(self, record: LayerRecord, sums: torch.Tensor, counts: torch.Tensor, now: Pass, start: int) -> None:
+        place = (start, now.columns - start - sums.shape[-1])
         sums, counts = torch.nn.functional.pad(sums, place), torch.nn.functional.pad(counts, place)
-        if record._sums is None or record._counts is None:
-            record._sums, record._counts = sums, counts
-        else:
-            record._sums = fit(record._sums, columns) + sums
-            record._counts = fit(record._counts, columns) + counts
+        if record._sums is not None and record._counts is not None:
+            sums, counts = fit(record._sums, now.columns) + sums, fit(record._counts, now.columns) + counts
+        record._sums, record._counts = sums, counts
+        mean = sums / counts.clamp(min=1)
+        known = torch.ones_like(mean[:, :1], dtype=torch.bool) if now.real is None else now.real[:, None]
+        record.column_mean = torch.where(known & (counts > 0), mean, torch.nan)
 
     def _group_keys(self, now: Pass, length: int, start: int) -> torch.Tensor:
         keys = [FirstToken()] if self.spans is None or not self.spans.groups else [SpanKeys(g) for g in self.groups]
         return torch.stack([fit(now.key_columns(k, self.spans), length, start) for k in keys], 1)
+
+
+def _columns(now: Pass, batch: int, first: int) -> torch.Tensor:
+    """Padded columns of the query rows from `first` on, int64 [B, r], -1 for pads."""
+    columns = torch.arange(now.q_offset + first, now.columns, device=now.prompt.first.device).expand(batch, -1)
+    real = now.real_rows()
+    return columns if real is None else torch.where(real[:, first:], columns, -1)
 
 
 def _map_rows(rows: str | Iterable[int]) -> str | tuple[int, ...]:
@@ -346,7 +316,8 @@ def capture(
     Args:
         model: a transformers decoder model.
         spans: groups whose mass is recorded: `Spans`, or a list of (start, stop) ranges per prompt row.
-        stats: some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`.
+        stats: some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`, and `massive`, the largest activations of the
+            hidden state after each layer.
         rows: `all` query rows, or the `last` of each forward.
         heads: a head specification.
         maps: heads whose weights are kept whole, as `LayerRecord.map`; they need not be in `heads`. `None` for none.

@@ -1,5 +1,10 @@
 """DESIGN §5.7: a steered forward needs at most twice one layer's q, k and v more than the native one."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import build
@@ -9,6 +14,7 @@ import steerlens
 from steerlens.bench import memory
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 
+ROOT = Path(__file__).parents[1]
 STATIC, PUBLISHED = ZeroTuning(2.0), PASTA(0.1, sections="published")
 SINKS = ACT(0.4, 3, "relative")
 MASKED = [HeadMask({0: [1]}), ZeroTuning(0.5)]
@@ -141,3 +147,55 @@ def test_the_bound_is_twice_q_k_and_v():
     config = build("llama-gqa", num_hidden_layers=1).config  # 8 query heads, 2 key/value heads, head dim 8
     assert memory.bound(config, 3, 10, 100, 2) == 2 * 3 * 2 * (10 * 8 * 8 + 2 * 100 * 2 * 8)
     assert memory.peak(lambda: torch.ones(1000).sum() + torch.ones(500).sum())[1] in range(4000, 6000)
+
+
+def capture_extra(T):
+    """Bytes that a capture of all statistics of the attention holds over the native run, and the bound."""
+    model = build("llama-gqa", num_hidden_layers=1, max_position_embeddings=T)  # 8 query heads, head dim 8
+    ids = torch.randint(3, 97, (1, T))
+
+    def run():
+        with torch.no_grad():
+            model(ids, logits_to_keep=1)
+
+    before = peak(run)
+    with steerlens.capture(model, [[(9, 40), (90, 99)]]):
+        return peak(run) - before, memory.bound(model.config, 1, T, T, 4)
+
+
+def test_extra_memory_of_capture():
+    found, bound = capture_extra(2048)
+    assert found <= bound
+
+
+CAPTURE = """
+import resource, sys
+import torch
+from small_models import build
+import steerlens
+from steerlens.recording import KNOWN
+
+torch.set_num_threads(1)
+T = int(sys.argv[1])
+size = {"hidden_size": 32, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+model = build("llama-gqa", num_hidden_layers=1, max_position_embeddings=T, **size)
+ids = torch.randint(3, 97, (1, T))
+most = []
+for stats, heads in (((), {}), (KNOWN, "all")):
+    with torch.no_grad(), steerlens.capture(model, [[(9, 40)]], stats, heads=heads) as record:
+        model(ids, logits_to_keep=1)
+    most.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+assert record[0].entropy.shape == (1, 2, T) and not record[0].column_mean.isnan().any()
+print(most[1] - most[0])
+"""
+
+
+@pytest.mark.parametrize("T", [16384, pytest.param(32768, marks=pytest.mark.full)])
+def test_capture_of_long_prompts_is_linear_in_memory(T):
+    """The process grows by far less than one T×T map of one head: 1 GiB at 16k, 4 GiB at 32k."""
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "-c", CAPTURE, str(T)], env=os.environ | paths, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 <= T * 2048

@@ -1,16 +1,27 @@
 """`steerlens.capture` against weights written out in full."""
 
+import dataclasses
 import threading
 
 import pytest
 import torch
+from steerlens.kernels import _configs
 
 import steerlens
+from steerlens.backends import reference, sdpa
 from steerlens.errors import SpanError, SteeringStateError, UnsupportedError
+from steerlens.massive import Massive
 from steerlens.methods import ACT, HeadMask, ZeroTuning
+from steerlens.recording import STATS
 from steerlens.spans import Spans
 
 SPANS = Spans.of({"emphasis": [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]], "query": [[(17, 20)]] * 3})
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """Half the programs to interpret."""
+    monkeypatch.setattr(_configs, "INTERPRETER", dataclasses.replace(_configs.INTERPRETER, rows=32, keys=32))
 
 
 @pytest.fixture(params=["llama-gqa", "gemma2", "mistral"])
@@ -202,16 +213,170 @@ def test_capture_alone_leaves_the_native_attention_on(model_of, prompts):
     assert all(torch.equal(a, b) for a, b in zip(got.attentions, base.attentions, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+def test_a_token_that_sees_no_key(backend, model_of, prompts):
+    """Its argmax is the first column, whoever computes it; a mask of the user's may hide a token's own key."""
+    model, (ids, _) = model_of("llama-gqa"), prompts(None, (18, 18))
+    visible = torch.ones(18, 18, dtype=torch.bool).tril().expand(2, 1, 18, 18).clone()
+    visible[0, :, 8] = False
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9)
+    steered = steerlens.steer(model, ZeroTuning(3.0, heads={0: [1]}), backend=backend)
+    with torch.no_grad(), steered, steerlens.capture(model, heads={0: [0, 1]}) as record:
+        model(ids, attention_mask=mask)
+    got = record[0]
+    assert got.argmax[0, :, 8].tolist() == [0, 0] and (got.argmax[0, :, 9:] > 0).any()
+    assert (got.mass[0, :, 8] == 0).all() and (got.entropy[0, :, 8] == 0).all() and (got.lse[0, :, 8] < -1e3).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "methods", "backend", "widths"),
+    [
+        ("llama-gqa", (), "auto", range(1, 41)),
+        ("llama-gqa", [ZeroTuning(3.0), ACT(0.2, 0.08)], "auto", range(1, 41)),
+        ("gpt_oss", [ACT(0.2, 0.08), HeadMask({1: [2]})], "auto", range(1, 41)),
+        ("mistral", ZeroTuning(3.0), "auto", (40,)),  # a mask of the model's own says what rows see
+        ("mistral", [HeadMask({0: [1]})], "triton", range(1, 13)),  # ablated rows are not the kernels' to sum up
+    ],
+    ids=["plain", "steered", "sinks", "masked", "window"],
+)
+def test_blocks_of_rows_look_at_the_keys_near_them(family, methods, backend, widths, model_of, prompts, monkeypatch):
+    """The same, whether a block holds all rows and keys or one row and what it may see."""
+    model, (ids, mask) = model_of(family, "eager"), prompts("left", (40, 29))
+    found, seen = [], set()
+    original = reference.near
+    monkeypatch.setattr(reference, "near", lambda *a: seen.add((n := original(*a))[0].key.shape[2]) or n)
+    for budget in (1 << 20, 1):
+        monkeypatch.setattr(sdpa, "budget", lambda call, size=budget: size)
+        steered, heads = steerlens.steer(model, methods, backend=backend), {0: [0, 1, 5], 1: [2]}
+        with torch.no_grad(), steered, steerlens.capture(model, [[(12, 20)]] * 2, heads=heads) as record:
+            model(ids, attention_mask=mask)
+        found.append(record)
+    assert set(widths) <= seen
+    for layer in found[0].layers:
+        for stat in STATS:
+            got, expected = (getattr(record[layer], stat) for record in found)
+            assert torch.equal(got.isnan(), expected.isnan()), stat
+            assert (got - expected).nan_to_num().abs().max() < 1e-5, (layer, stat)
+
+
+class TestMassive:
+    """Largest activations of the hidden state after each decoder layer."""
+
+    def test_oracle(self):
+        x = torch.tensor([0.05, -0.1, 150, 0.1, 0.08, -0.05, 0.12, 0.2])
+        found = Massive.of(x[None, None], torch.tensor([[4]]))
+        assert found.values[0, 0].tolist() == pytest.approx([150, 0.2, 0.12])
+        assert found.channels.tolist() == [[[2, 7, 6]]] and found.median.item() == pytest.approx(0.1)
+        assert (found.values[0, 0, 0] / found.median[0, 0]).item() == pytest.approx(1500)
+        assert found.find() == [(0, 4, 2, 150.0)] and found.find()[0].column == 4
+        assert found.find(least=150) == found.find(ratio=1501) == []
+        assert [a.channel for a in found.find(least=0.15, ratio=1)] == [2, 7]
+        negative = Massive.of(-x[None, None], torch.tensor([[4]]))
+        assert negative.find() == [(0, 4, 2, -150.0)]
+
+    def test_the_median_is_the_lower_of_the_middle_two(self):
+        """As torch's, which the published code takes."""
+        found = Massive.of(torch.tensor([[[-4.0, 3, 2, -1]]]), torch.tensor([[0]]))
+        assert found.median.item() == 2
+
+    @pytest.mark.parametrize("family", ["llama-gqa", "gemma2", "gpt2", "opt", "gpt_neox", "qwen3_next", "llama4"])
+    def test_of_hidden_states(self, family, model_of, prompts):
+        model, (ids, mask) = model_of(family, "eager"), prompts("left")
+        with torch.no_grad(), steerlens.capture(model, stats=["massive"]) as record:
+            states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        pads = ~mask.bool()
+        for layer in record.layers[:-1]:  # behind the last one is a norm
+            got, expected = record[layer].massive, states[layer + 1].float()
+            assert torch.equal(got.values[~pads], expected.gather(-1, got.channels.clamp(min=0))[~pads])
+            top = expected.abs().sort(-1, descending=True).values
+            assert (got.values.abs() - top[..., :3])[~pads].abs().max() == 0
+            assert torch.equal(got.median[~pads], top[..., 32][~pads]) and got.median[pads].isnan().all()
+            assert torch.equal(got.columns, torch.where(pads, -1, torch.arange(20)))
+            assert (got.channels[pads] == -1).all() and got.values[pads].isnan().all()
+        assert record[record.layers[-1]].massive.values.shape == (3, 20, 3)
+
+    def test_generated_tokens_are_appended(self, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+        records = [
+            steerlens.capture(model, stats=stats, rows=rows)
+            for stats, rows in ((["massive"], "all"), (["lse", "massive"], "last"))
+        ]
+        for record in records:
+            with torch.no_grad(), steerlens.steer(model, ZeroTuning(3.0)), record:
+                out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        with (
+            torch.no_grad(),
+            steerlens.steer(model, ZeroTuning(3.0)),
+            steerlens.capture(model, stats=["massive"]) as once,
+        ):
+            model(out[:, :-1], attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1))
+        got, last, expected = (record[2].massive for record in (*records, once))
+        assert got.values.shape == (3, 23, 3) and (got.values - expected.values).nan_to_num().abs().max() < 1e-4
+        assert torch.equal(last.values, got.values[:, 19:]) and last.columns.tolist() == [[19, 20, 21, 22]] * 3
+        assert torch.equal(records[1][2].columns, last.columns) and records[1][2].lse.shape[2] == 4
+
+    def test_it_finds_a_channel_that_was_made_massive(self, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+
+        def spike(module, args, output):
+            output[1, 9, 5] = -1e5
+            return output
+
+        handle = model.model.layers[1].register_forward_hook(spike)
+        try:
+            with torch.no_grad(), steerlens.capture(model, stats=["massive"]) as record:
+                model(ids, attention_mask=mask)
+        finally:
+            handle.remove()
+        assert record[1].massive.find() == [(1, 9, 5, -1e5)] and record[0].massive.find() == []
+
+    def test_hooks_are_taken_off(self, model_of, prompts):
+        model, (ids, _) = model_of("llama-gqa"), prompts()
+
+        def state():
+            return [(len(m._forward_hooks), set(m.__dict__)) for m in model.modules()]
+
+        before = state()
+        with pytest.raises(KeyboardInterrupt), steerlens.capture(model, stats=["massive"], heads={1: [0]}):
+            assert [len(layer._forward_hooks) for layer in model.model.layers] == [0, 1, 0]
+            raise KeyboardInterrupt
+        assert state() == before
+        record = steerlens.capture(model, [[(1, 2)]], stats=["massive"])
+        with record, pytest.raises(SpanError):
+            model(ids)
+        assert state() == before and record[0].massive is None
+
+    def test_hidden_states_of_another_shape(self, model_of, prompts):
+        model, (ids, _) = model_of("llama-gqa"), prompts()
+        handle = model.model.layers[1].register_forward_hook(lambda m, a, output: output[None])
+        try:
+            with (
+                steerlens.capture(model, stats=["massive"]),
+                pytest.raises(UnsupportedError, match=r"layer 1 .*\[1, 3, 20, 64\]"),
+            ):
+                model(ids)
+        finally:
+            handle.remove()
+
+
 class TestMaps:
     """Whole rows of weights of a few heads."""
 
     HEADS = {0: [6, 1], 2: "*"}
+    STEERED = (ZeroTuning(5.0), ACT(0.2, 0.08), HeadMask({2: [3]}))
 
-    @pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
     @pytest.mark.parametrize(
-        "methods", [(), [ZeroTuning(5.0), ACT(0.2, 0.08), HeadMask({2: [3]})]], ids=["", "steered"]
+        ("backend", "side", "methods"),
+        [
+            ("reference", "left", ()),
+            ("reference", "right", STEERED),
+            ("sdpa", "left", STEERED),
+            ("sdpa", "right", ()),
+            ("triton", "left", STEERED),
+            ("triton", "right", ()),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "steered" if value else "plain",
     )
-    @pytest.mark.parametrize("side", ["left", "right"])
     def test_maps_are_the_weights_finally_used(self, side, methods, backend, model_of, prompts):
         model, (ids, mask) = model_of("llama-gqa", "eager"), prompts(side)
         neutral = ZeroTuning(1 + 1e-7, heads={0: [0]})  # so that there is a context that names the backend

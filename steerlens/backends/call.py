@@ -145,7 +145,7 @@ class Call:
 
     def _causal(self, rows: slice) -> torch.Tensor:
         device = self.query.device
-        queries = torch.arange(self.query.shape[2], device=device)[rows] + self.offset
+        queries = torch.arange(*rows.indices(self.query.shape[2]), device=device) + self.offset
         ahead = (queries[:, None] - torch.arange(self.key.shape[2], device=device))[None, None]
         visible = ahead >= 0 if self.window is None else (ahead >= 0) & (ahead < self.window)
         return visible if self.real is None else visible & self.real[:, None, None]

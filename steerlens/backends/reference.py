@@ -7,6 +7,7 @@ Query rows are taken in blocks, so memory is O(block·Tk) and the result is the 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +41,20 @@ def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | N
         rows: the block.
         heads: the query heads wanted; `None` for all H.
     """
+    return weights_and_lse(call, edits, rows, heads)[0]
+
+
+def weights_and_lse(
+    call: Call, edits: list[Resolved], rows: slice, heads: list[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weights`, and the log-sum-exp of the logits before any edit, learned sinks included, in nats, [B, h, r]."""
     everything = list(range(call.query.shape[1]))
     wanted = everything if heads is None else heads
     x = _with_sinks(logits(call, rows, wanted), call, wanted)
-    seen = (x > -torch.inf).any(-1, keepdim=True)  # a pad sees no key
+    top = x.amax(-1, keepdim=True)
+    seen = top > -torch.inf  # a pad sees no key
     x = torch.where(seen, x, 0).log_softmax(-1)
+    lse = torch.where(seen, top - x.amax(-1, keepdim=True), -torch.inf)[..., 0]
     more = 0 if call.sinks is None else 1
     for edit in edits:
         if isinstance(edit, Bias):
@@ -60,12 +70,7 @@ def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | N
             where = edit.outputs[:, wanted]
             where = where if where.shape[-1] == 1 else where[..., rows]
             a = torch.where(where[..., None], flat if edit.uniform else torch.zeros_like(flat), a)
-    return a[..., : a.shape[-1] - more]
-
-
-def lse(call: Call, rows: slice, heads: list[int]) -> torch.Tensor:
-    """Log-sum-exp of the logits before any edit, learned sinks included, in nats, [B, h, r]."""
-    return _with_sinks(logits(call, rows, heads), call, heads).logsumexp(-1)
+    return a[..., : a.shape[-1] - more], lse
 
 
 def _with_sinks(x: torch.Tensor, call: Call, heads: list[int]) -> torch.Tensor:
@@ -136,6 +141,28 @@ def blocks(call: Call, budget: int | None = None, heads: int | None = None) -> l
     per_row = call.query.shape[0] * (heads or call.query.shape[1]) * call.key.shape[2]
     size = max(1, (budget or 1 << 24) // max(per_row, 1))
     return [slice(i, min(i + size, call.query.shape[2])) for i in range(0, call.query.shape[2], size)]
+
+
+def near(call: Call, edits: list[Resolved], rows: slice) -> tuple[Call, list[Resolved], int]:
+    """The call and its edits with no keys but those that a block of rows may see, and the place of the first of them.
+
+    Under a mask of the user's, all keys are kept.
+    """
+    if not (call.plain or call.mask is None or call.window is not None):
+        return call, edits, 0
+    last = min(call.offset + rows.stop, call.key.shape[2])
+    first = 0 if call.window is None else min(max(call.offset + rows.start - call.window + 1, 0), last - 1)
+    keys = slice(first, last)
+    mask, real = (None if table is None else table[..., keys] for table in (call.mask, call.real))
+    key, value = call.key[:, :, keys], call.value[:, :, keys]
+    kept: list[Resolved] = []
+    for edit in edits:
+        if isinstance(edit, Bias):
+            edit = Bias(edit.weights, edit.keys[:, keys])
+        elif isinstance(edit, Kept):
+            edit = Kept(edit.edit, edit.keys[..., keys])
+        kept.append(edit)
+    return replace(call, key=key, value=value, mask=mask, real=real, offset=call.offset - first), kept, first
 
 
 def _scale(x: torch.Tensor, edit: Bias, rows: slice, heads: list[int], more: int) -> torch.Tensor:
