@@ -1,14 +1,21 @@
-"""What `capture` gives: the statistics of each layer."""
+"""What `capture` gives: the statistics of each layer, whole in memory or read from a file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from steerlens.massive import Massive
 from steerlens.passes import fit
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]
+    import pyarrow  # type: ignore[import-untyped]
 
 STATS = ("mass", "entropy", "argmax", "lse", "column_mean")
 """Statistics of the attention, which `capture` records unless told otherwise."""
@@ -89,3 +96,45 @@ class Captured:
         if layer not in self._layers:
             raise KeyError(f"layer {layer} is not captured; captured: {list(self._layers)}")
         return self._layers[layer]
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write all of it to a safetensors file, whole or not at all; `steerlens.recording.load` reads it back."""
+        from steerlens import export
+
+        return export.save(self, self._name, file)
+
+    def to_pandas(self, table: str = "rows") -> pandas.DataFrame:
+        """A long table, pads left out.
+
+        Args:
+            table: `rows`: layer, head, batch_row, query_column, entropy, lse, argmax and mass_<group> each;
+                `keys`: layer, head, batch_row, key_column, column_mean (keys that no row saw left out);
+                `massive`: layer, batch_row, query_column, rank, channel, value, median.
+
+        Raises:
+            UnsupportedError: without pandas. SteeringStateError: if nothing is captured yet. ValueError: for a table
+                that is not known or whose statistics were not asked for.
+        """
+        from steerlens import export
+
+        return export.to_pandas(self, table)
+
+    def to_arrow(self, table: str = "rows") -> pyarrow.Table:
+        """As `to_pandas`, as an Arrow table."""
+        from steerlens import export
+
+        return export.to_arrow(self, table)
+
+    def attentions(self, row: int = 0) -> tuple[torch.Tensor, ...]:
+        """Dense maps of one batch row without its pads, per layer [1, h, T, T] on the CPU.
+
+        It is what bertviz's `head_view` and `model_view` take, with as many heads in each layer, and inspectus's
+        `attention` as well, as it is or as the [layers, h, T, T] of `torch.cat`. They number layers and heads from 0,
+        in the order of `layers` and `map_heads`.
+
+        Raises:
+            ValueError: if the maps do not hold all rows (`capture(…, maps=…, map_rows="all")`), or have no such row.
+        """
+        from steerlens import export
+
+        return export.attentions(self, row)

@@ -15,13 +15,14 @@ from steerlens.backends.call import Call, Cut
 from steerlens.captured import KNOWN, PADDING, STATS, Captured, LayerRecord
 from steerlens.edits import FirstToken, SpanKeys
 from steerlens.errors import SpanError, SteeringStateError, UnsupportedError, nearest
+from steerlens.export import load
 from steerlens.heads import Heads
 from steerlens.massive import Massive
 from steerlens.observing import Observer
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
 
-__all__ = ["KNOWN", "STATS", "Captured", "LayerRecord", "Massive", "Record", "capture"]
+__all__ = ["KNOWN", "STATS", "Captured", "LayerRecord", "Massive", "Record", "capture", "load"]
 
 MAP_LIMIT = 256 << 20
 """Bytes that dense maps may take over all layers unless told otherwise."""

@@ -5,10 +5,12 @@ import threading
 
 import pytest
 import torch
+from small_models import build
 from steerlens.kernels import _configs
 
 import steerlens
 from steerlens.backends import reference, sdpa
+from steerlens.backends.call import Bias, Call, KeepMass
 from steerlens.errors import SpanError, SteeringStateError, UnsupportedError
 from steerlens.massive import Massive
 from steerlens.methods import ACT, HeadMask, ZeroTuning
@@ -262,6 +264,32 @@ def test_blocks_of_rows_look_at_the_keys_near_them(family, methods, backend, wid
             assert (got - expected).nan_to_num().abs().max() < 1e-5, (layer, stat)
 
 
+@pytest.mark.parametrize("cached", [0, 7])
+@pytest.mark.parametrize("window", [None, 5])
+def test_weights_of_the_keys_near_a_block_are_all_weights(window, cached):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 12, 8, generator=generator), torch.randn(2, 2, 12 + cached, 8, generator=generator)
+    real = torch.ones(2, 12 + cached, dtype=torch.bool)
+    real[1, :3] = False
+    places = torch.arange(12 + cached)
+    edits = [
+        Bias(torch.full((1, 4, 1), 1.5), (places % 3 == 1).expand(2, -1)),
+        KeepMass([1, 2], 0.3, lambda sums: (places % 4 == 2).expand(2, 2, -1), None),
+    ]
+    call = Call(query, key, key, None, 1.0, None, cached, real, window is None, edits, torch.randn(4), window=window)
+    kept = reference.resolve(call)
+    expected, lse = reference.weights_and_lse(call, kept, slice(0, 12), [0, 2, 3])
+    for rows in (slice(0, 12), slice(0, 1), slice(4, 6), slice(11, 12)):
+        near, some, place = reference.near(call, kept, rows)
+        got, got_lse = reference.weights_and_lse(near, some, rows, [0, 2, 3])
+        whole = torch.zeros(2, 3, got.shape[2], 12 + cached)
+        whole[..., place : place + got.shape[3]] = got
+        assert (whole - expected[:, :, rows]).abs().max() < 1e-6
+        assert (got_lse - lse[..., rows]).nan_to_num(0, 0, 0).abs().max() < 1e-5
+        least = 0 if window is None else max(cached + rows.start - 4, 0)
+        assert place == least and got.shape[3] == cached + rows.stop - least
+
+
 class TestMassive:
     """Largest activations of the hidden state after each decoder layer."""
 
@@ -274,6 +302,8 @@ class TestMassive:
         assert found.find() == [(0, 4, 2, 150.0)] and found.find()[0].column == 4
         assert found.find(least=150) == found.find(ratio=1501) == []
         assert [a.channel for a in found.find(least=0.15, ratio=1)] == [2, 7]
+        exact = Massive.of(torch.tensor([[[0.125, 128, 0.125, 0]]]), torch.tensor([[0]]))
+        assert exact.find(ratio=1024) == [(0, 0, 1, 128.0)]
         negative = Massive.of(-x[None, None], torch.tensor([[4]]))
         assert negative.find() == [(0, 4, 2, -150.0)]
 
@@ -348,6 +378,22 @@ class TestMassive:
         with record, pytest.raises(SpanError):
             model(ids)
         assert state() == before and record[0].massive is None
+
+    def test_a_layer_that_keeps_the_last_rows_alone(self, model_of, prompts):
+        model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+        handle = model.model.layers[2].register_forward_hook(lambda m, a, output: output[:, -2:])
+        try:
+            with torch.no_grad(), steerlens.capture(model, stats=["massive"]) as record:
+                model(ids, attention_mask=mask)
+        finally:
+            handle.remove()
+        assert record[2].massive.columns.tolist() == [[18, 19]] * 3 and record[1].massive.columns.shape == (3, 20)
+
+    def test_attention_outside_of_decoder_layers(self):
+        model = build("llama-gqa")
+        model.model.layers = torch.nn.ModuleList(layer.self_attn for layer in model.model.layers)
+        with pytest.raises(UnsupportedError, match=r"layers \[0, 2\] of LlamaModel .*leave 'massive' out of stats"):
+            steerlens.capture(model, stats=["massive"], heads="0:1;2:*")
 
     def test_hidden_states_of_another_shape(self, model_of, prompts):
         model, (ids, _) = model_of("llama-gqa"), prompts()
