@@ -187,17 +187,16 @@ def _search(
 
     model, tokenizer = chosen.load()
     scorer = Scorer(model, tokenizer, end=run["exact"], batch_size=run["batch_size"], backend=run["backend"])
-    with show.progress(sought.budget, what="forwards") as advance:
+    search = Search(scorer, scorer.facts, sought, splits["profile"], splits["validation"], splits["test"], journal)
+    if len(journal):
+        show.note(f"going on: {len(journal)} scores are there")
+    with show.progress(search.planned, what="forwards") as advance:
 
         def step(forwards: int) -> None:
             guard.check_stop()
             advance(forwards)
 
-        search = Search(
-            scorer, scorer.facts, sought, splits["profile"], splits["validation"], splits["test"], journal, step
-        )
-        if len(journal):
-            show.note(f"going on: {len(journal)} scores are there")
+        search.advance = step
         return search.run(), scorer.facts
 
 

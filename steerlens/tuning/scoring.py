@@ -16,6 +16,7 @@ import torch
 
 import steerlens
 from steerlens import caches, decoder
+from steerlens.edits import Reweight, Scale
 from steerlens.errors import SpanError
 from steerlens.examples import Example, ExampleError
 from steerlens.methods.base import EditMethod, PerRow
@@ -126,17 +127,32 @@ class Scorer:
     def plan(self, pairs: Sequence[tuple[Candidate, Example]]) -> list[list[int]]:
         """Batches of indices into `pairs`: candidates of one example that share states, the rest by length."""
         groups: dict[Any, list[int]] = {}
+        rest: dict[Any, list[int]] = {}
         for index, (candidate, example) in enumerate(pairs):
-            begins = self._begins(candidate, example)
-            groups.setdefault((id(example), begins) if begins != (0, 0) else None, []).append(index)
-        batches, rest = [], groups.pop(None, [])
-        for indices in groups.values():
-            if len(indices) < FEWEST:
-                rest += indices
+            begins, passes = self._begins(candidate, example), self._passes(candidate, example)
+            if begins == (0, 0):
+                rest.setdefault(passes, []).append(index)
             else:
-                batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        rest.sort(key=lambda i: (len(self.row(pairs[i][1]).ids), i))
-        return batches + [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
+                groups.setdefault((id(example), begins, passes), []).append(index)
+        batches = []
+        for (_, _, passes), indices in groups.items():
+            if len(indices) < FEWEST:
+                rest.setdefault(passes, []).extend(indices)
+            else:
+                batches += _cut(indices, self.batch_size)
+        for indices in rest.values():
+            batches += _cut(sorted(indices, key=lambda i: (len(self.row(pairs[i][1]).ids), i)), self.batch_size)
+        return batches
+
+    def _passes(self, candidate: Candidate, example: Example) -> frozenset[Any]:
+        """The laws of a candidate that cost the whole batch a pass each; biases and ablations of all rows are one."""
+        if candidate is None:
+            return frozenset()
+        row = self.row(example)
+        self._check(candidate, row)
+        plan = candidate.plan(self.facts, _spans([row], [0]))
+        edits = [edit for found in plan.values() for edit in found if isinstance(edit, Reweight)]
+        return frozenset((e.keys, e.law, e.phase) for e in edits if not isinstance(e.law, Scale))
 
     def _begins(self, candidate: Candidate, example: Example) -> tuple[int, int]:
         """Where the candidate begins to differ from the unsteered model: layer and row."""
@@ -206,6 +222,10 @@ class Scorer:
         logprob = logs[:-1].gather(1, target[:, None]).mean()
         hit = bool((logits[:-1].argmax(-1) == target).all())
         return Score(float(hit), float(logprob), entropy)
+
+
+def _cut(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 def _spans(rows: Sequence[Row], pads: Sequence[int]) -> Spans:

@@ -134,7 +134,7 @@ class Search:
         profile: examples per task whose rankings are intersected.
         validation, test: examples to choose and to compare on.
         journal: keeps every score.
-        advance: called with the forwards of every batch.
+        advance: called with the forwards of every batch; `planned` is about how many there will be.
     """
 
     def __init__(
@@ -235,7 +235,14 @@ class Search:
                 f"unsteered model, and a search over {len(self.units) or 'no'} units and {candidates} choices needs "
                 f"{least}; give at least {test + base + least}, fewer --controls, or smaller splits"
             )
-        return {"test": test, "profile": left // 2 // profiled if profiled else 0, "left": left}
+        share = left // 2 // profiled if profiled else 0
+        profile = 0
+        if profiled:
+            rungs = halving.schedule(len(self.units), min(sizes.values()), share, keep)
+            profile = profiled * halving.cost(rungs)
+        choice = halving.cost(halving.schedule(candidates, sizes["validation"], left - profile, FINALISTS))
+        self.planned = test + base + profile + choice
+        return {"test": test, "profile": share}
 
     def _kept(self) -> int:
         return max(1, min(len(self.units), max(8, len(self.units) // 8)))
@@ -256,6 +263,10 @@ class Search:
         best, gain = self._simplest(tried)
         if gain <= 0:
             self.notes.append("no choice was better than the unsteered model on the validation split")
+        else:
+            gains = self._gains([best], "validation", max(n for _, _, n in tried))[0]
+            if difference([0.0] * len(gains), gains, seed=self.settings.seed).noise:
+                self.notes.append("the choice's gain on the validation split is within noise")
         sides, contrasts, controls = self._test(best)
         return Outcome(best, profile, tried, sides, contrasts, controls, self.forwards, self.notes)
 
