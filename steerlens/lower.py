@@ -51,13 +51,13 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool =
     length, start = now.keys[layer]
     moves: list[Lowered] = []
     cuts: list[Lowered] = []
-    for items in _alike(placed):
+    for items in [placed] if len(placed) == 1 else _alike(placed):
         edit = items[0].edit
         if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
             moves.append(_keep(items, now, length, start, heads, again))
             continue
         # Layers with the same edit share its tensors.
-        key = (*(item.key if item.same is None else item.same for item in items), length, start, heads)
+        key = (*[item.key if item.same is None else item.same for item in items], length, start, heads)
         lowered = now.memo.get(key)
         if lowered is None:
             lowered = _cut(items, now, heads) if isinstance(edit, Ablate) else _bias(items, now, length, start, heads)
@@ -74,20 +74,21 @@ def _alike(placed: list[Placed]) -> list[list[Placed]]:
     found: list[list[Placed]] = []
     biases: dict[Hashable, list[Placed]] = {}
     cuts: list[Placed] = []
+    kept: Hashable = None
     for item in placed:
-        edit = item.edit
+        edit, kind = item.edit, _kind(item)
         if isinstance(edit, Ablate):
-            if not cuts or _kind(cuts[-1]) != _kind(item):
+            if not cuts or _kind(cuts[-1]) != kind:
                 found.append(cuts := [])
             cuts.append(item)
         elif isinstance(edit.law, Scale):
-            if _kind(item) not in biases:
-                found.append(biases.setdefault(_kind(item), []))
-            biases[_kind(item)].append(item)
-        elif found and _kind(found[-1][0]) == _kind(item) and _apart([*found[-1], item]):
+            if (group := biases.get(kind)) is None:
+                found.append(group := biases.setdefault(kind, []))
+            group.append(item)
+        elif kept == kind and _kind(found[-1][0]) == kind and _apart([*found[-1], item]):
             found[-1].append(item)
         else:
-            biases = {}
+            kept, biases = kind, {}
             found.append([item])
     return found
 
