@@ -122,14 +122,14 @@ def table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     answered = not math.isnan(outcome.sides["baseline"].accuracy)
     columns = ["", "entropy", "difference [95 %]"]
     if answered:
-        columns = ["", "accuracy", "difference [95 %]", "log-prob", "difference [95 %]", "entropy"]
+        columns = ["", "accuracy", "difference [95 %]", "log-prob", "entropy"]
     rows = []
     for side, found in outcome.sides.items():
         shown = {key: interval(d, 100 if key == "accuracy" else 1) for key, d in found.versus.items()}
         row = [NAMES[side]]
         if answered:
             row += [f"{100 * found.accuracy:.1f} %", shown.get("accuracy", "")]
-            row += [f"{found.logprob:.3f}", shown.get("logprob", ""), f"{found.entropy:.3f}"]
+            row += [f"{found.logprob:.3f}", f"{found.entropy:.3f}"]
         else:
             row += [f"{found.entropy:.3f}", shown.get("entropy", "")]
         rows.append(row)
