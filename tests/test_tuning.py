@@ -1,5 +1,6 @@
 """Scores of many candidates, halving, the journal, and the search on `tiny`."""
 
+import copy
 import json
 import math
 import random
@@ -36,7 +37,7 @@ from steerlens.recipe import load_recipe
 from steerlens.spans import Spans
 from steerlens.tuning import halving
 from steerlens.tuning.journal import Journal, JournalError, name
-from steerlens.tuning.scoring import Score, Scorer, batches
+from steerlens.tuning.scoring import Score, ScoreError, Scorer, batches
 from steerlens.tuning.search import Search, Settings, TuneError
 from steerlens.tuning.sharing import Sharing
 
@@ -78,10 +79,6 @@ CANDIDATES = {
 }
 
 
-LATE = ("zerotuning", "act")
-"""They begin at the first tokens, so that there is no prefix to share."""
-
-
 def apart(one: list[Score], other: list[Score]) -> float:
     return max(abs(a.logprob - b.logprob) + abs(a.entropy - b.entropy) for a, b in zip(one, other, strict=True))
 
@@ -105,7 +102,7 @@ class TestScores:
         assert apart(together[:3], steered) < 1e-4
         assert apart(steered, batches(alone, [(None, rows[0])] * 3)) > 1e-4
         # layers are left out, and tokens unless they are a state that no later token can start from
-        assert shared.sharing.layers and shared.sharing.prefixes == (family != "qwen3_next" or method in LATE)
+        assert shared.sharing.layers and shared.sharing.prefixes == (family != "qwen3_next")
 
     def test_states_that_cannot_be_shared_are_not(self, words, caplog):
         """A layer that keeps a count of its calls gives something else when it is left out."""
@@ -119,6 +116,32 @@ class TestScores:
         assert len(found) == 3 and not scorer.sharing.layers
         assert "candidates cannot share layers" in caplog.text
         assert "forward" not in vars(model.model.layers[0])
+
+    def test_layers_that_cannot_do_without_the_ones_below(self, words):
+        """As those that attend to keys of an earlier layer: nothing is shared, and nothing fails."""
+        model, (row,) = build("llama-gqa"), examples(1)
+        kept = {}
+        model.model.layers[0].mlp.register_forward_hook(lambda *_: kept.update(made=True))
+        model.model.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * kept.pop("made"), *a[1:]))
+        shared, alone = Scorer(model, words), Scorer(model, words, share=False)
+        pairs = [(m, row) for m in CANDIDATES["zerotuning"][3:6]]
+        assert apart(batches(shared, pairs), batches(alone, pairs)) < 1e-4 and not shared.sharing.layers
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_rounding_is_no_reason_not_to_share(self, dtype, words, caplog):
+        model, rows = build("llama-gqa", dtype=dtype), examples(4)
+        scorer = Scorer(model, words)
+        batches(scorer, [(m, row) for row in rows for m in CANDIDATES["pasta"]])
+        assert scorer.sharing.layers and scorer.sharing.prefixes and not caplog.text
+
+    def test_what_is_shared_is_known_before_the_first_score(self, words):
+        """A search that goes on takes the first batches from its journal, and must batch the rest the same way."""
+        model, rows = build("qwen3_next"), examples(3)
+        pairs = [(m, row) for row in rows for m in CANDIDATES["pasta"][3:]]
+        scorer = Scorer(model, words)
+        before = scorer.plan(pairs)
+        scorer.score([pairs[i] for i in before[0]])
+        assert scorer.plan(pairs) == before and not scorer.sharing.prefixes
 
     def test_a_failing_forward_leaves_the_layers_as_they_were(self, model_of, words):
         model, (row,) = model_of("llama-gqa"), examples(1)
@@ -200,6 +223,27 @@ class TestScores:
         wanted = sum(logs[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start)
         assert score.logprob == pytest.approx(wanted, abs=1e-5)
         assert score.entropy == pytest.approx(torch.special.entr(logs[start - 1].exp()).sum().item(), abs=1e-5)
+
+    def test_a_prompt_that_ends_in_white_space(self, tiny):
+        """The answer goes on behind it; another space would be no answer that a model gives."""
+        scorer = Scorer(*tiny)
+        for end, answer in (("", " 42"), ("\n", "42"), (" ", "42")):
+            row = scorer.row(Example(f"Answer:{end}", "42"))
+            assert tiny[1].decode(row.ids[row.prompt :]) in (answer, answer.strip())
+            assert tiny[1].decode(row.ids, skip_special_tokens=True).count(" ") <= 1
+
+    def test_logits_that_are_no_numbers(self, words):
+        """They would have no entropy at all, and win."""
+        model, (row,) = build("llama-gqa"), examples(1)
+        model.lm_head.weight.data.fill_(float("nan"))
+        with pytest.raises(ScoreError, match=r"the unsteered model gives logits that are no numbers.*--dtype"):
+            Scorer(model, words, share=False).score([(None, row)])
+
+    def test_no_end(self, words):
+        tokenizer = copy.deepcopy(words)
+        tokenizer.eos_token = None
+        with pytest.raises(ScoreError, match=r"no EOS token.*--begins"):
+            Scorer(build("llama-gqa"), tokenizer, end=True)
 
     def test_no_answer(self, tiny):
         score = Scorer(*tiny).score([(ZeroTuning(2.0), Example("The code of the harbor is"))])[0]
