@@ -418,6 +418,29 @@ class TestSearch:
             rows = [Example("a")]
             Search(made.scorer, made.facts, Settings(ZeroTuning), {"t": rows}, rows, rows, made.journal)
 
+    def test_answers_that_some_examples_lack(self, tiny, tmp_path):
+        made = search(tiny, Journal(tmp_path / "j", {}, False), objective="entropy")
+        rows = made.splits["test"]
+        made.splits["test"] = [*rows[:-1], Example(rows[-1].prompt, None, (), rows[-1].groups)]
+        outcome = made.run()
+        assert set(outcome.contrasts["baseline"]) == {"entropy"} and math.isnan(outcome.sides["tuned"].accuracy)
+
+    def test_a_small_test_split_needs_no_less_of_a_profile(self, tiny, tmp_path):
+        """The least budget that is named is enough."""
+        rows = generate("conflict", 60, first_seed=5000, length=64)
+        scorer = Scorer(*tiny, end=True)
+
+        def made(budget, path):
+            chosen = Settings(PASTA, budget=budget, controls=1, per="layer")
+            return Search(
+                scorer, scorer.facts, chosen, {"t": rows[:30]}, rows[30:50], rows[50:52], Journal(path, {}, False)
+            )
+
+        with pytest.raises(TuneError) as error:
+            made(1, tmp_path / "j")
+        enough = int(str(error.value).partition("at least ")[2].split(",")[0])
+        assert made(enough, tmp_path / "k").run().forwards <= enough
+
     @pytest.mark.parametrize(("per", "units"), [("index", 8), ("layer", 6)])
     def test_units(self, per, units, tiny, tmp_path):
         made = search(tiny, Journal(tmp_path / "j", {}, False), per=per)
@@ -442,6 +465,38 @@ class TestSearch:
         outcome = made.run()
         assert {m.alpha for m, _, _ in outcome.tried} == {0.2}
         assert {layer for p in outcome.profile for layer, _ in p.unit} == {0, 1} and len(outcome.profile) == 9
+        # nor are heads chosen that were not to be chosen from
+        allowed = {(1, h) for h in range(8)} | {(0, 0)}
+        for method, _, _ in outcome.tried:
+            heads = method.heads.resolve(made.facts)
+            assert {(layer, h) for layer, found in heads.items() for h in found} <= allowed
+
+    def test_the_simplest_of_those_within_one_standard_error(self, tiny, tmp_path):
+        made = search(tiny, Journal(tmp_path / "j", {}, False))
+        gains: dict[PASTA, list[float]] = {}
+
+        def simplest(*candidates):
+            gains.clear()
+            gains.update(candidates)
+            made._gains = lambda methods, split, n: [gains[method] for method in methods]
+            return made._simplest([(m, sum(g) / len(g), len(g)) for m, g in candidates])[0]
+
+        many, two, one = (PASTA(0.1, heads=h) for h in ({1: [0, 1, 2]}, {1: [0, 1]}, {1: [0]}))
+        mild = PASTA(0.5, heads={1: [0, 1]})
+        # `two` loses 0.05 ± 0.05, `one` loses 0.5 ± 0.29
+        best = [1.0, 1.0, 1.0, 1.0]
+        assert simplest((many, best), (two, [1.0, 1.0, 1.0, 0.8]), (one, [0.5, 0.5, 0.5, 0.5])) == two
+        assert simplest((many, best), (two, [0.9, 0.9, 0.9, 0.9])) == many
+        assert simplest((many, best), (two, best), (mild, best)) == mild
+        # one head that changes nothing is no simpler way to gain, if some gain at all
+        noisy = [3.0, -1.0, 3.0, -1.0]
+        assert simplest((many, noisy), (one, [0.0] * 4)) == many
+        assert simplest((many, [-0.1] * 4), (one, [-0.1] * 4)) == one
+
+    def test_no_threshold_of_act_is_neutral(self, tiny, tmp_path):
+        made = search(tiny, Journal(tmp_path / "j", {}, False), "contradiction", method=ACT, budget=20_000)
+        sizes = [made._size(ACT(0.4, threshold, heads={1: [0]})) for threshold in (0.05, 0.2)]
+        assert sizes[0] == sizes[1] == (1, pytest.approx(0.6))
 
     def test_optuna(self, tiny, tmp_path):
         pytest.importorskip("optuna", reason="Optuna is the extra 'tune'")
@@ -524,6 +579,15 @@ class TestCommand:
     def test_wrong_calls(self, given, said, tmp_path):
         done = CliRunner().invoke(app, ["tune", *self.OPTIONS, "--output", str(tmp_path / "r.yaml"), *given])
         assert done.exit_code == 2 and said in done.stderr and not list(tmp_path.iterdir()), done.output
+
+    @pytest.mark.parametrize("more", [[], ["--resume"]])
+    @pytest.mark.parametrize("name", ["r.yaml", "r.report.json", "r.heads.json", "r.heads-up.json", "r.heads-up.png"])
+    def test_a_file_that_no_search_wrote_stays(self, name, more, tmp_path):
+        (tmp_path / name).write_text("mine")
+        given = ["--method", "zerotuning", "--output", str(tmp_path / "r.yaml"), *more]
+        done = CliRunner().invoke(app, ["tune", *self.OPTIONS, *given])
+        assert done.exit_code == 2 and f"{name} exists" in done.stderr, done.output
+        assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
     def test_data_of_ones_own(self, tmp_path):
         rows = [
