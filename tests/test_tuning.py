@@ -570,6 +570,8 @@ class TestCommand:
             (["--method", "pastaa"], "unknown method 'pastaa'"),
             (["--task", "conflikt"], "unknown task 'conflikt'"),
             (["--set", "alfa=3"], "pasta has no parameter 'alfa'"),
+            (["--model", "no/model", "--set", "alpha=-1"], "pasta: alpha=-1 is out of range; allowed: a number > 0"),
+            (["--method", "headmask", "--set", "mode=bad"], "headmask: mode='bad' is unknown; allowed: uniform, zero"),
             (["--budget", "100"], "--budget 100 is too small"),
             (["--heads", "9:1"], "layer 9 is out of range"),
             (["--task", "memory"], "pasta needs spans for emphasis"),

@@ -126,10 +126,8 @@ def tune(
     paths = _paths(output)
     _check(output, [*paths.values(), *_heads(paths, cls.profile)], paths["journal"], resume)
     fixed = dict(options.assignment(text, "--set") for text in settings or [])
-    known = cls.__dataclass_fields__
-    for key in fixed:
-        if key not in known:
-            cls.from_parameters({key: fixed[key]})  # says what it has
+    # what is wrong with them is said before a model is loaded
+    cls.from_parameters(({"heads": "all"} if "heads" in cls.__dataclass_fields__ else {}) | fixed)
     sought = Settings(
         cls,
         fixed,
