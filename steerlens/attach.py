@@ -114,7 +114,9 @@ class Steering:
                 for place, edit in enumerate(edits):
                     key = (id(self), layer, number, place)
                     token = same.setdefault(edit, (id(self), len(same)))
-                    self.placed.setdefault(layer, []).append(Placed(edit, self.spans, key, self.prompt_rows, token))
+                    self.placed.setdefault(layer, []).append(
+                        Placed(edit, self.spans, key, self.prompt_rows, token, id(self))
+                    )
         self.plan = {layer: tuple(p.edit for p in items) for layer, items in sorted(self.placed.items())}
 
     def _count_rows(self) -> int | None:

@@ -55,7 +55,8 @@ def read(path: Path) -> list[Example]:
         ExampleError: naming the file, the line and the value.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: a JSON text may hold other characters that end lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ExampleError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found = []
@@ -63,7 +64,7 @@ def read(path: Path) -> list[Example]:
         if line.strip():
             try:
                 found.append(_example(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ExampleError(f"{path}:{number}: {error}") from None
     if not found:
         raise ExampleError(f"{path} holds no example; it needs a JSON object per line with 'prompt' or 'messages'")
@@ -130,6 +131,8 @@ def _example(line: str) -> Example:
     if not isinstance(groups, dict):
         raise ValueError(f"'groups' is {groups!r:.80}; it must be {{name: texts}}")
     named = {name: _texts(f"groups.{name}", value) for name, value in groups.items()}
+    if "emphasize" in data and "emphasis" in named:
+        raise ValueError("'emphasize' and 'groups.emphasis' are one group; give one of them")
     if "emphasize" in data:
         named["emphasis"] = _texts("emphasize", data["emphasize"])
     key = data.get("key", "")

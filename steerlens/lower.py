@@ -27,6 +27,7 @@ class Placed:
         key: names it among all edits of its layer and context, for its state.
         prompt_rows: prompt rows that `edit.batch` counts.
         same: equal for edits that lower to the same tensors; cheaper to hash than they are.
+        context: names the context, in and out of which its edits come together.
     """
 
     edit: Edit
@@ -34,6 +35,7 @@ class Placed:
     key: Hashable
     prompt_rows: int | None
     same: Hashable = None
+    context: Hashable = None
 
 
 def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool = False) -> list[Lowered]:
@@ -97,8 +99,11 @@ def _kind(item: Placed) -> Hashable:
     edit = item.edit
     if isinstance(edit, Ablate):
         return edit.mode, edit.phase, item.prompt_rows
-    law = None if isinstance(edit.law, Scale) else edit.law
-    return edit.keys, law, edit.phase, id(item.spans), item.prompt_rows
+    law, context = None, None
+    if not isinstance(edit.law, Scale):
+        # what is found in a prompt outlives the forward, and contexts come and go one by one
+        law, context = edit.law, item.context
+    return edit.keys, law, edit.phase, id(item.spans), item.prompt_rows, context
 
 
 def _apart(items: list[Placed]) -> bool:

@@ -12,6 +12,7 @@ from small_models import build
 from transformers import AutoConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
 
 import steerlens
+from steerlens import caches
 from steerlens.errors import (
     HeadError,
     MethodError,
@@ -434,6 +435,29 @@ class TestSafety:
             assert {w.dtype for w in half(ids, output_attentions=True).attentions} == {torch.bfloat16}
         with steerlens.steer(model, STRONG), pytest.raises(UnsupportedError, match="capture"):
             model(ids, output_attentions=True)
+
+    @pytest.mark.parametrize("left", [0, 1])
+    def test_sinks_of_a_context_stay_when_another_one_is_left(self, left, model, prompts):
+        """Two contexts whose edits are alike, for other rows and heads."""
+        ids, more = prompts()[0][:2], torch.tensor([[5], [6]])
+        methods = [ACT(0.0, 0.05, heads={1: [1]}), ACT(0.0, 0.05, heads={1: [2]})]
+        rows = [PerRow([methods[0], None]), PerRow([None, methods[1]])]
+
+        with torch.no_grad():
+            contexts = [steerlens.steer(model, row).attach() for row in rows]
+            cache = model(ids, use_cache=True)[caches.NAME]
+            contexts[left].detach()
+            found = model(more, **{caches.NAME: cache}).logits[:, -1]
+            contexts[1 - left].detach()
+            with steerlens.steer(model, rows[1 - left]):
+                cache = model(ids, use_cache=True)[caches.NAME]
+                wanted = model(more, **{caches.NAME: cache}).logits[:, -1]
+            assert (found - wanted)[1 - left].abs().max() < 1e-5
+            # a context that comes later has no sinks of this prompt
+            with steerlens.steer(model, rows[0]):
+                cache = model(ids, use_cache=True)[caches.NAME]
+                with steerlens.steer(model, rows[1]), pytest.raises(UnsupportedError, match="whole prompt"):
+                    model(more, **{caches.NAME: cache})
 
     def test_running_act_refuses_what_its_state_cannot_follow(self, model, prompts):
         ids, _ = prompts()

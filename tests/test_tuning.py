@@ -1,5 +1,6 @@
 """Scores of many candidates, halving, the journal, and the search on `tiny`."""
 
+import copy
 import json
 import math
 import random
@@ -36,7 +37,7 @@ from steerlens.recipe import load_recipe
 from steerlens.spans import Spans
 from steerlens.tuning import halving
 from steerlens.tuning.journal import Journal, JournalError, name
-from steerlens.tuning.scoring import Score, Scorer, batches
+from steerlens.tuning.scoring import Score, ScoreError, Scorer, batches
 from steerlens.tuning.search import Search, Settings, TuneError
 from steerlens.tuning.sharing import Sharing
 
@@ -78,10 +79,6 @@ CANDIDATES = {
 }
 
 
-LATE = ("zerotuning", "act")
-"""They begin at the first tokens, so that there is no prefix to share."""
-
-
 def apart(one: list[Score], other: list[Score]) -> float:
     return max(abs(a.logprob - b.logprob) + abs(a.entropy - b.entropy) for a, b in zip(one, other, strict=True))
 
@@ -105,7 +102,7 @@ class TestScores:
         assert apart(together[:3], steered) < 1e-4
         assert apart(steered, batches(alone, [(None, rows[0])] * 3)) > 1e-4
         # layers are left out, and tokens unless they are a state that no later token can start from
-        assert shared.sharing.layers and shared.sharing.prefixes == (family != "qwen3_next" or method in LATE)
+        assert shared.sharing.layers and shared.sharing.prefixes == (family != "qwen3_next")
 
     def test_states_that_cannot_be_shared_are_not(self, words, caplog):
         """A layer that keeps a count of its calls gives something else when it is left out."""
@@ -119,6 +116,32 @@ class TestScores:
         assert len(found) == 3 and not scorer.sharing.layers
         assert "candidates cannot share layers" in caplog.text
         assert "forward" not in vars(model.model.layers[0])
+
+    def test_layers_that_cannot_do_without_the_ones_below(self, words):
+        """As those that attend to keys of an earlier layer: nothing is shared, and nothing fails."""
+        model, (row,) = build("llama-gqa"), examples(1)
+        kept = {}
+        model.model.layers[0].mlp.register_forward_hook(lambda *_: kept.update(made=True))
+        model.model.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * kept.pop("made"), *a[1:]))
+        shared, alone = Scorer(model, words), Scorer(model, words, share=False)
+        pairs = [(m, row) for m in CANDIDATES["zerotuning"][3:6]]
+        assert apart(batches(shared, pairs), batches(alone, pairs)) < 1e-4 and not shared.sharing.layers
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_rounding_is_no_reason_not_to_share(self, dtype, words, caplog):
+        model, rows = build("llama-gqa", dtype=dtype), examples(4)
+        scorer = Scorer(model, words)
+        batches(scorer, [(m, row) for row in rows for m in CANDIDATES["pasta"]])
+        assert scorer.sharing.layers and scorer.sharing.prefixes and not caplog.text
+
+    def test_what_is_shared_is_known_before_the_first_score(self, words):
+        """A search that goes on takes the first batches from its journal, and must batch the rest the same way."""
+        model, rows = build("qwen3_next"), examples(3)
+        pairs = [(m, row) for row in rows for m in CANDIDATES["pasta"][3:]]
+        scorer = Scorer(model, words)
+        before = scorer.plan(pairs)
+        scorer.score([pairs[i] for i in before[0]])
+        assert scorer.plan(pairs) == before and not scorer.sharing.prefixes
 
     def test_a_failing_forward_leaves_the_layers_as_they_were(self, model_of, words):
         model, (row,) = model_of("llama-gqa"), examples(1)
@@ -200,6 +223,27 @@ class TestScores:
         wanted = sum(logs[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start)
         assert score.logprob == pytest.approx(wanted, abs=1e-5)
         assert score.entropy == pytest.approx(torch.special.entr(logs[start - 1].exp()).sum().item(), abs=1e-5)
+
+    def test_a_prompt_that_ends_in_white_space(self, tiny):
+        """The answer goes on behind it; another space would be no answer that a model gives."""
+        scorer = Scorer(*tiny)
+        for end, answer in (("", " 42"), ("\n", "42"), (" ", "42")):
+            row = scorer.row(Example(f"Answer:{end}", "42"))
+            assert tiny[1].decode(row.ids[row.prompt :]) in (answer, answer.strip())
+            assert tiny[1].decode(row.ids, skip_special_tokens=True).count(" ") <= 1
+
+    def test_logits_that_are_no_numbers(self, words):
+        """They would have no entropy at all, and win."""
+        model, (row,) = build("llama-gqa"), examples(1)
+        model.lm_head.weight.data.fill_(float("nan"))
+        with pytest.raises(ScoreError, match=r"the unsteered model gives logits that are no numbers.*--dtype"):
+            Scorer(model, words, share=False).score([(None, row)])
+
+    def test_no_end(self, words):
+        tokenizer = copy.deepcopy(words)
+        tokenizer.eos_token = None
+        with pytest.raises(ScoreError, match=r"no EOS token.*--begins"):
+            Scorer(build("llama-gqa"), tokenizer, end=True)
 
     def test_no_answer(self, tiny):
         score = Scorer(*tiny).score([(ZeroTuning(2.0), Example("The code of the harbor is"))])[0]
@@ -374,6 +418,29 @@ class TestSearch:
             rows = [Example("a")]
             Search(made.scorer, made.facts, Settings(ZeroTuning), {"t": rows}, rows, rows, made.journal)
 
+    def test_answers_that_some_examples_lack(self, tiny, tmp_path):
+        made = search(tiny, Journal(tmp_path / "j", {}, False), objective="entropy")
+        rows = made.splits["test"]
+        made.splits["test"] = [*rows[:-1], Example(rows[-1].prompt, None, (), rows[-1].groups)]
+        outcome = made.run()
+        assert set(outcome.contrasts["baseline"]) == {"entropy"} and math.isnan(outcome.sides["tuned"].accuracy)
+
+    def test_a_small_test_split_needs_no_less_of_a_profile(self, tiny, tmp_path):
+        """The least budget that is named is enough."""
+        rows = generate("conflict", 60, first_seed=5000, length=64)
+        scorer = Scorer(*tiny, end=True)
+
+        def made(budget, path):
+            chosen = Settings(PASTA, budget=budget, controls=1, per="layer")
+            return Search(
+                scorer, scorer.facts, chosen, {"t": rows[:30]}, rows[30:50], rows[50:52], Journal(path, {}, False)
+            )
+
+        with pytest.raises(TuneError) as error:
+            made(1, tmp_path / "j")
+        enough = int(str(error.value).partition("at least ")[2].split(",")[0])
+        assert made(enough, tmp_path / "k").run().forwards <= enough
+
     @pytest.mark.parametrize(("per", "units"), [("index", 8), ("layer", 6)])
     def test_units(self, per, units, tiny, tmp_path):
         made = search(tiny, Journal(tmp_path / "j", {}, False), per=per)
@@ -398,6 +465,38 @@ class TestSearch:
         outcome = made.run()
         assert {m.alpha for m, _, _ in outcome.tried} == {0.2}
         assert {layer for p in outcome.profile for layer, _ in p.unit} == {0, 1} and len(outcome.profile) == 9
+        # nor are heads chosen that were not to be chosen from
+        allowed = {(1, h) for h in range(8)} | {(0, 0)}
+        for method, _, _ in outcome.tried:
+            heads = method.heads.resolve(made.facts)
+            assert {(layer, h) for layer, found in heads.items() for h in found} <= allowed
+
+    def test_the_simplest_of_those_within_one_standard_error(self, tiny, tmp_path):
+        made = search(tiny, Journal(tmp_path / "j", {}, False))
+        gains: dict[PASTA, list[float]] = {}
+
+        def simplest(*candidates):
+            gains.clear()
+            gains.update(candidates)
+            made._gains = lambda methods, split, n: [gains[method] for method in methods]
+            return made._simplest([(m, sum(g) / len(g), len(g)) for m, g in candidates])[0]
+
+        many, two, one = (PASTA(0.1, heads=h) for h in ({1: [0, 1, 2]}, {1: [0, 1]}, {1: [0]}))
+        mild = PASTA(0.5, heads={1: [0, 1]})
+        # `two` loses 0.05 ± 0.05, `one` loses 0.5 ± 0.29
+        best = [1.0, 1.0, 1.0, 1.0]
+        assert simplest((many, best), (two, [1.0, 1.0, 1.0, 0.8]), (one, [0.5, 0.5, 0.5, 0.5])) == two
+        assert simplest((many, best), (two, [0.9, 0.9, 0.9, 0.9])) == many
+        assert simplest((many, best), (two, best), (mild, best)) == mild
+        # one head that changes nothing is no simpler way to gain, if some gain at all
+        noisy = [3.0, -1.0, 3.0, -1.0]
+        assert simplest((many, noisy), (one, [0.0] * 4)) == many
+        assert simplest((many, [-0.1] * 4), (one, [-0.1] * 4)) == one
+
+    def test_no_threshold_of_act_is_neutral(self, tiny, tmp_path):
+        made = search(tiny, Journal(tmp_path / "j", {}, False), "contradiction", method=ACT, budget=20_000)
+        sizes = [made._size(ACT(0.4, threshold, heads={1: [0]})) for threshold in (0.05, 0.2)]
+        assert sizes[0] == sizes[1] == (1, pytest.approx(0.6))
 
     def test_optuna(self, tiny, tmp_path):
         pytest.importorskip("optuna", reason="Optuna is the extra 'tune'")
@@ -471,6 +570,8 @@ class TestCommand:
             (["--method", "pastaa"], "unknown method 'pastaa'"),
             (["--task", "conflikt"], "unknown task 'conflikt'"),
             (["--set", "alfa=3"], "pasta has no parameter 'alfa'"),
+            (["--model", "no/model", "--set", "alpha=-1"], "pasta: alpha=-1 is out of range; allowed: a number > 0"),
+            (["--method", "headmask", "--set", "mode=bad"], "headmask: mode='bad' is unknown; allowed: uniform, zero"),
             (["--budget", "100"], "--budget 100 is too small"),
             (["--heads", "9:1"], "layer 9 is out of range"),
             (["--task", "memory"], "pasta needs spans for emphasis"),
@@ -480,6 +581,15 @@ class TestCommand:
     def test_wrong_calls(self, given, said, tmp_path):
         done = CliRunner().invoke(app, ["tune", *self.OPTIONS, "--output", str(tmp_path / "r.yaml"), *given])
         assert done.exit_code == 2 and said in done.stderr and not list(tmp_path.iterdir()), done.output
+
+    @pytest.mark.parametrize("more", [[], ["--resume"]])
+    @pytest.mark.parametrize("name", ["r.yaml", "r.report.json", "r.heads.json", "r.heads-up.json", "r.heads-up.png"])
+    def test_a_file_that_no_search_wrote_stays(self, name, more, tmp_path):
+        (tmp_path / name).write_text("mine")
+        given = ["--method", "zerotuning", "--output", str(tmp_path / "r.yaml"), *more]
+        done = CliRunner().invoke(app, ["tune", *self.OPTIONS, *given])
+        assert done.exit_code == 2 and f"{name} exists" in done.stderr, done.output
+        assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
     def test_data_of_ones_own(self, tmp_path):
         rows = [

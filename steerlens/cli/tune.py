@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -123,12 +124,10 @@ def tune(
     if data is not None and profile_task:
         raise UsageError("--profile-task goes with --task")
     paths = _paths(output)
-    _check(output, paths, resume)
+    _check(output, [*paths.values(), *_heads(paths, cls.profile)], paths["journal"], resume)
     fixed = dict(options.assignment(text, "--set") for text in settings or [])
-    known = cls.__dataclass_fields__
-    for key in fixed:
-        if key not in known:
-            cls.from_parameters({key: fixed[key]})  # says what it has
+    # what is wrong with them is said before a model is loaded
+    cls.from_parameters(({"heads": "all"} if "heads" in cls.__dataclass_fields__ else {}) | fixed)
     sought = Settings(
         cls,
         fixed,
@@ -237,14 +236,27 @@ def _paths(output: Path) -> dict[str, Path]:
     }
 
 
-def _check(output: Path, paths: dict[str, Path], resume: bool) -> None:
+def _heads(paths: dict[str, Path], settings: Iterable[str]) -> list[Path]:
+    """Files of head scores and their heat maps, for the settings that heads are profiled in."""
+    found = [_heads_file(paths, setting) for setting in ("default", *settings)]
+    return [path.with_suffix(suffix) for path in dict.fromkeys(found) for suffix in (".json", ".png")]
+
+
+def _heads_file(paths: dict[str, Path], setting: str) -> Path:
+    plain = paths["heads"]
+    return plain if setting in ("default", "fixed") else plain.with_name(f"{plain.stem}-{setting}.json")
+
+
+def _check(output: Path, paths: Sequence[Path], journal: Path, resume: bool) -> None:
     if output.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--output {output} must end in .yaml: it is a recipe")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.parent}")
-    for path in (output, *paths.values()):
+    for path in (output, *paths):
         if path.exists() and not resume:
             raise UsageError(f"--output: {path} exists: go on with that search by --resume, or name another file")
+        if path.exists() and not journal.exists():
+            raise UsageError(f"--resume: {path} exists, but there is no {journal} to go on from; name another --output")
 
 
 def _finish(
@@ -265,9 +277,7 @@ def _finish(
     described = {"id": run["model"], "layers": facts.layers, "heads": max(facts.heads)}
     written = [output, paths["report"]]
     for setting, scores in outcomes.head_scores(outcome, sought, described).items():
-        path = paths["heads"]
-        if setting not in ("default", "fixed"):
-            path = output.with_suffix(f".heads-{setting}.json")
+        path = _heads_file(paths, setting)
         scores.save(path)
         scores.heat_map(path.with_suffix(".png"))
         written.append(path)

@@ -44,7 +44,7 @@ class ACT(EditMethod):
     cache_exact: ClassVar[bool] = True
     search: ClassVar[Mapping[str, Search]] = {
         "beta": Search((0.0, 0.2, 0.4, 0.6, 0.8), log=False),
-        "threshold": Search((0.05, 0.1, 0.15, 0.2), neutral=0.0),
+        "threshold": Search((0.05, 0.1, 0.15, 0.2), neutral=None),
     }
 
     def __post_init__(self) -> None:

@@ -23,12 +23,13 @@ class Search:
 
     Attributes:
         grid: values to try, on one or both sides of `neutral`.
-        neutral: the value that changes nothing; settings profiled on one side of it are tuned on that side.
+        neutral: the value that changes nothing, if there is one; settings profiled on one side of it are tuned on that
+            side, and of two alike choices the one nearer to it is preferred.
         log: draw on a logarithmic scale where values are drawn from the range of the grid.
     """
 
     grid: tuple[float, ...]
-    neutral: float = 1.0
+    neutral: float | None = 1.0
     log: bool = True
 
 

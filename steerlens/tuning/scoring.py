@@ -17,7 +17,7 @@ import torch
 import steerlens
 from steerlens import caches, decoder
 from steerlens.edits import Reweight, Scale
-from steerlens.errors import SpanError
+from steerlens.errors import SpanError, SteerlensError
 from steerlens.examples import Example, ExampleError
 from steerlens.methods.base import EditMethod, PerRow
 from steerlens.spans import Range, Spans
@@ -28,6 +28,10 @@ logger = logging.getLogger("steerlens")
 Candidate = EditMethod | None
 FEWEST = 3
 """So many candidates of an example share states; fewer ride with other examples."""
+
+
+class ScoreError(SteerlensError, ValueError):
+    """A model whose answers cannot be scored."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Scorer:
         backend: str = "auto",
     ) -> None:
         self.model, self.tokenizer, self.batch_size, self.backend = model, tokenizer, batch_size, backend
+        if end and tokenizer.eos_token_id is None:
+            raise ScoreError("the tokenizer has no EOS token, so no answer ends: score how answers begin (--begins)")
         self.end = [tokenizer.eos_token_id] if end else []
         self.facts, _ = decoder.read(decoder.find(model))
         self.sharing = Sharing(model) if share else None
@@ -109,7 +115,8 @@ class Scorer:
         ids = inputs["input_ids"][0].tolist()
         answer: list[int] = []
         if example.answer is not None:
-            space = " " if isinstance(example.prompt, str) else ""
+            apart = isinstance(example.prompt, str) and not example.prompt[-1:].isspace()
+            space = " " if apart else ""
             answer = self.tokenizer(space + example.answer, add_special_tokens=False)["input_ids"]
             if isinstance(example.prompt, str):
                 # as one text, where the tokens of the prompt stay what they are
@@ -160,6 +167,7 @@ class Scorer:
             return 0, 0
         row = self.row(example)
         self._check(candidate, row)
+        self.sharing.try_out(row.ids)
         return self.sharing.begins(candidate, _spans([row], [0]), row.prompt)
 
     @torch.no_grad()
@@ -173,7 +181,7 @@ class Scorer:
                 rows[0].ids,
                 first,
                 len(pairs),
-                lambda cache: self._forward(pairs, rows, cache, first[1] if cache else 0),
+                lambda cache: self._forward(pairs, rows, cache, first[1] if cache is not None else 0),
             )
         return self._forward(pairs, rows)
 
@@ -209,13 +217,21 @@ class Scorer:
         spans = _spans(rows, pads)
         with steerlens.steer(self.model, PerRow(candidates), spans, backend=self.backend, prompt_lengths=lengths):
             logits = self.model(**arguments).logits[:, -tail:].float()
-        return [self._score(row, logits[i]) for i, row in enumerate(rows)]
+        found = []
+        for row, given, (candidate, _) in zip(rows, logits, pairs, strict=True):
+            given = given[len(given) - (len(row.ids) - row.prompt) - 1 :]
+            if given.isnan().any():
+                raise ScoreError(
+                    f"{candidate or 'the unsteered model'} gives logits that are no numbers in {self.model.dtype}: "
+                    "load the model with --dtype float32 or bfloat16"
+                )
+            found.append(self._score(row, given))
+        return found
 
     def _score(self, row: Row, logits: torch.Tensor) -> Score:
         answer = row.ids[row.prompt :]
-        logits = logits[len(logits) - len(answer) - 1 :]
         logs = logits.log_softmax(-1)
-        entropy = float(-(logs[0].exp() * logs[0]).nan_to_num(0.0).sum())
+        entropy = float(torch.special.entr(logs[0].exp()).sum())
         if not answer:
             return Score(float("nan"), float("nan"), entropy)
         target = torch.tensor(answer, device=logits.device)

@@ -185,7 +185,7 @@ class Search:
         parameters = {**values, **self.settings.fixed}
         if self.units:
             every = {head for unit in self.units for head in unit}
-            whole = heads is None or (set(heads) == every and self.settings.within.table is None)
+            whole = self.settings.within.table is None and (heads is None or set(heads) == every)
             parameters["heads"] = "all" if whole else _table(heads or sorted(every))
         return self.settings.method.from_parameters(parameters)
 
@@ -204,7 +204,7 @@ class Search:
         grids = []
         for parameter, space in search.items():
             values = space.grid
-            if parameter in setting:
+            if parameter in setting and space.neutral is not None:
                 up = setting[parameter] > space.neutral
                 values = tuple(v for v in values if (v > space.neutral) == up)
             grids.append([(parameter, v) for v in values])
@@ -226,7 +226,9 @@ class Search:
         strengths = max(len(self._strengths(s)) for s in self._settings().values())
         sets = (len([k for k in SIZES if k <= max(1, len(self.units) // 2)]) + 2) if self.units else 1
         candidates = sets * strengths * max(1, len(self._settings()) if self.units else 1)
-        least_profile = profiled * halving.least(len(self.units), min(sizes.values()), keep) if profiled else 0
+        fewest = min(sizes[f"profile {task}"] for task in self.tasks)
+        most = max(sizes[f"profile {task}"] for task in self.tasks)
+        least_profile = profiled * halving.least(len(self.units), most, keep) if profiled else 0
         least_choice = halving.least(candidates, sizes["validation"], FINALISTS)
         least = max(2 * least_profile, 2 * least_choice) if profiled else least_choice
         if left < least:
@@ -238,7 +240,7 @@ class Search:
         share = left // 2 // profiled if profiled else 0
         profile = 0
         if profiled:
-            rungs = halving.schedule(len(self.units), min(sizes.values()), share, keep)
+            rungs = halving.schedule(len(self.units), fewest, share, keep)
             profile = profiled * halving.cost(rungs)
         choice = halving.cost(halving.schedule(candidates, sizes["validation"], left - profile, FINALISTS))
         self.planned = test + base + profile + choice
@@ -320,7 +322,8 @@ class Search:
         for (method, gain), own in zip(finalists, gains, strict=True):
             lost = [b - a for a, b in zip(own, gains[top], strict=True)]
             error = statistics.stdev(lost) / math.sqrt(n) if n > 1 else 0.0
-            if statistics.fmean(lost) <= error:
+            # what did not gain is no simpler way to gain
+            if statistics.fmean(lost) <= error and (gain > 0 or finalists[top][1] <= 0):
                 close.append((self._size(method), -gain, method))
         _, gain, method = min(close, key=lambda item: item[:2])
         return method, -gain
@@ -331,6 +334,8 @@ class Search:
         away = 0.0
         for parameter, space in method.search.items():
             value = getattr(method, parameter)
+            if space.neutral is None:
+                continue
             if space.log and space.neutral > 0 and value > 0:
                 away += abs(math.log(value / space.neutral))
             else:
@@ -343,7 +348,7 @@ class Search:
         except ImportError:
             raise TuneError("--sampler optuna needs Optuna: pip install 'steerlens[tune]', or --sampler grid") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        settings, n = self._settings(), len(self.splits["validation"])
+        settings, n = self._settings(), min(len(self.splits["validation"]), budget)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.settings.seed))
         found: dict[str, tuple[EditMethod, float, int]] = {}
         for _ in range(max(1, budget // n)):
@@ -383,7 +388,8 @@ class Search:
                 for key in rows[0]
             }
         order: list[str] = [side for side in ("baseline", "default", "random", "tuned") if side in columns]
-        keys = ["entropy"] if math.isnan(columns["baseline"]["hit"][0]) else ["hit", "logprob", "entropy"]
+        answered = not any(math.isnan(hit) for hit in columns["baseline"]["hit"])
+        keys = ["hit", "logprob", "entropy"] if answered else ["entropy"]
 
         def contrast(before: str, after: str) -> dict[str, Difference]:
             seed = self.settings.seed

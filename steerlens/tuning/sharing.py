@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,9 +23,9 @@ from steerlens.spans import Spans
 
 logger = logging.getLogger("steerlens")
 
+T = TypeVar("T")
 SHORTEST = 8
 """A shorter prefix is not worth a cache."""
-_TOLERANCE = 1e-3
 
 
 class Sharing:
@@ -44,7 +44,7 @@ class Sharing:
         self._ids: tuple[int, ...] = ()
         self._outputs: list[Any] = []
         self._caches: dict[int, Any] = {}
-        self._checked: set[tuple[bool, bool]] = set()
+        self._tried = False
 
     def begins(self, method: EditMethod, spans: Spans, prompt: int) -> tuple[int, int]:
         """The first layer and the first row that a method steers in a prompt; what is not known is 0.
@@ -80,48 +80,66 @@ class Sharing:
             return 0
         return max(row, last) if edit.phase == "decode" else row
 
-    def run(self, ids: list[int], first: tuple[int, int], count: int, forward: Callable[[Any], list[Any]]) -> list[Any]:
-        """What `forward` gives from the states that are shared.
+    @torch.no_grad()
+    def try_out(self, ids: list[int]) -> None:
+        """Find out whether the model gives the same from shared states, once and unsteered; else share none.
 
-        The first time it is run both ways; if the two differ, the cache is given up, then the layers.
+        It is asked before the first batch and on its tokens, so that a search that goes on decides as the stopped one.
+        """
+        if self._tried:
+            return
+        self._tried = True
+        self._begin(ids)
+        top, half = len(self.layers) - 1, len(ids) // 2
+        if top > 0 and not self._same(top, 0):
+            self.layers = []
+        self.prefixes = half > 0 and self._same(0, half)
+        if top > 0 and self.layers and self.prefixes and not self._same(top, half):
+            self.prefixes = False
+
+    def _same(self, layer: int, row: int) -> bool:
+        def logits(cache: Any) -> torch.Tensor:
+            ids = torch.tensor([self._ids[row if cache is not None else 0 :]] * 2, device=self.model.device)
+            given = {} if cache is None else {caches.NAME: cache}
+            return self.model(input_ids=ids, use_cache=cache is not None, **given).logits[:, row - len(self._ids) :]
+
+        try:
+            found = self._attempt(layer, row, 2, logits).float()
+        # whatever a model's own code says to states that it did not make
+        except Exception as error:
+            logger.debug("no shared states: %s: %s", type(error).__name__, error)
+            same = False
+        else:
+            plain = logits(None).float()
+            allowed = max(1e-4, 16 * torch.finfo(self.model.dtype).eps) * plain.abs().max()
+            same = bool((found - plain).abs().max() <= allowed)
+        if not same:
+            logger.warning("candidates cannot share %s on this model", "a cache" if row else "layers")
+        return same
+
+    def _begin(self, ids: list[int]) -> None:
+        if self._ids != tuple(ids):
+            self._ids, self._outputs, self._caches = tuple(ids), [], {}
+
+    def run(self, ids: list[int], first: tuple[int, int], count: int, forward: Callable[[Any], T]) -> T:
+        """What `forward` gives from the states that are shared.
 
         Args:
             ids: tokens of the example.
             first: the first layer and row to compute.
             count: batch rows.
-            forward: runs the batch, given the cache to start from or None; returns `scoring.Score`s.
+            forward: runs the batch, given the cache to start from or None.
         """
-        if self._ids != tuple(ids):
-            self._ids, self._outputs, self._caches = tuple(ids), [], {}
+        self.try_out(ids)
+        self._begin(ids)
         layer = first[0] if self.layers else 0
         row = first[1] if self.prefixes and first[1] >= SHORTEST else 0
-        if not layer and not row:
-            return forward(None)
-        found = self._attempt(layer, row, count, forward)
-        kind = bool(layer), bool(row)
-        if found is None or kind not in self._checked:
-            self._checked.add(kind)
-            plain = forward(None)
-            if found is not None and all(
-                abs(a.entropy - b.entropy) <= _TOLERANCE for a, b in zip(found, plain, strict=True)
-            ):
-                return found
-            logger.warning("candidates cannot share %s on this model", "a cache" if row else "layers")
-            if row:
-                self.prefixes = False
-            else:
-                self.layers = []
-            return plain
-        return found
+        return self._attempt(layer, row, count, forward)
 
-    def _attempt(self, layer: int, row: int, count: int, forward: Callable[[Any], list[Any]]) -> list[Any] | None:
-        try:
-            if layer and not self._outputs:
-                self._outputs = self._record()
-            cache = self._prefix(row, count) if row else None
-        except (AttributeError, NotImplementedError, TypeError) as error:  # a cache or a layer of another kind
-            logger.debug("no shared states: %s", error)
-            return None
+    def _attempt(self, layer: int, row: int, count: int, forward: Callable[[Any], T]) -> T:
+        if layer and not self._outputs:
+            self._outputs = self._record()
+        cache = self._prefix(row, count) if row else None
         with self._stand_in(layer, row, count):
             return forward(cache)
 
