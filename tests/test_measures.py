@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import build
 from steerlens.evals import examples as world
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -253,6 +254,23 @@ def test_sinks_are_the_column_means_of_eager_attention(tiny):
         for layer, weights in enumerate(maps):
             for head, value in enumerate(weights[0, :, :, 0].mean(-1).tolist()):
                 assert found.scores[layer, head][place] == pytest.approx(value, abs=1e-5)
+
+
+def test_sinks_of_a_padded_row_are_those_of_the_row_alone(tiny):
+    """GPT-2 counts pads as positions unless it is told."""
+    _, tokenizer = tiny
+    model = build("gpt2", vocab_size=len(tokenizer))
+    examples = [Example(e.prompt) for n in (32, 64) for e in world.generate("lookup", 1, length=n)]
+    alone, together = (sinks.measure(model, tokenizer, examples, batch_size=n) for n in (1, 2))
+    for head, values in alone.scores.items():
+        assert together.scores[head] == pytest.approx(values, abs=1e-5)
+
+
+def test_sinks_read_the_beginning_of_long_texts(tiny):
+    found = sinks.measure(*tiny, [Example("the " * 1100)])
+    assert found.summary["tokens"] == [64, 64]
+    with pytest.raises(ExampleError, match=r"room for 1024: give shorter prompts, or have fewer"):
+        sinks.measure(*tiny, [Example("the " * 1100)], tokens=1100)
 
 
 def test_massive_activations_are_summed_up_by_channel(tiny):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from steerlens import decoder
 from steerlens.encoding import encode
 from steerlens.examples import Example, ExampleError
-from steerlens.measures.base import MeasureError, batches, context, greedy, require
+from steerlens.measures.base import MeasureError, batches, context, forward, greedy, require
 from steerlens.spans import Range
 from steerlens.wrapping import unwrap
 
@@ -75,13 +74,7 @@ class Forced:
             model: a transformers model.
             keep: rows at the end whose logits are needed, where the model can leave out the others.
         """
-        given: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
-        takes = inspect.signature(unwrap(model).forward).parameters
-        if "position_ids" in takes:
-            given["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)
-        if keep is not None and "logits_to_keep" in takes:
-            given["logits_to_keep"] = keep
-        return model(**given)
+        return forward(model, self.ids, self.mask, keep)
 
     def mass(self, model: Any, groups: Mapping[str, Sequence[Sequence[Range]]]) -> Record:
         """A record of the attention mass on column ranges per row, of the last `most` query rows.
