@@ -134,7 +134,6 @@ def forced(
         MeasureError: if every response is empty.
     """
     require(measure, examples, answer=teacher_forced, groups=groups)
-    limit = context(model)
     any_response, number = False, 0
     for rows, inputs, spans in batches(model, tokenizer, examples, batch_size, groups=groups, room=1):
         pads = [int(n) for n in (inputs["attention_mask"] == 0).sum(-1)]
@@ -143,12 +142,7 @@ def forced(
             responses = [answer_ids(tokenizer, row, ids) for row, ids in zip(rows, prompts, strict=True)]
         else:
             responses = greedy(model, tokenizer, inputs, max_new_tokens)
-        for at, (prompt, response) in enumerate(zip(prompts, responses, strict=True), number + 1):
-            if limit is not None and len(prompt) + len(response) > limit:
-                raise ExampleError(
-                    f"example {at} has {len(prompt) + len(response)} tokens with its answer; the model has room for "
-                    f"{limit}: give shorter prompts (--length)"
-                )
+        check_room(model, prompts, responses, number)
         number += len(rows)
         kept = [i for i, response in enumerate(responses) if response]
         if kept:
@@ -169,6 +163,17 @@ def forced(
             f"{measure}: the model answered none of the {len(examples)} prompts with any text; give answers and "
             "--teacher-forced"
         )
+
+
+def check_room(model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], before: int) -> None:
+    """Raise `ExampleError` for a prompt that is too long with its response; `before` examples came earlier."""
+    limit = context(model)
+    for at, (prompt, response) in enumerate(zip(prompts, responses, strict=True), before + 1):
+        if limit is not None and len(prompt) + len(response) > limit:
+            raise ExampleError(
+                f"example {at} has {len(prompt) + len(response)} tokens with its answer; the model has room for "
+                f"{limit}: give shorter prompts (--length)"
+            )
 
 
 def answer_ids(tokenizer: Any, example: Example, prompt: Sequence[int]) -> list[int]:
