@@ -22,9 +22,9 @@ import steerlens
 from steerlens.cli import app
 from steerlens.encoding import Chars, Regex, Role, Substring
 from steerlens.errors import HeadError
-from steerlens.examples import Example, ExampleError
+from steerlens.examples import Example, ExampleError, read
 from steerlens.heads import Heads
-from steerlens.measures import needles, repeated, retrieval, sinks
+from steerlens.measures import maps, needles, repeated, retrieval, sinks
 from steerlens.measures.base import HeadScores, MeasureError, batches
 from steerlens.methods import HeadMask
 from steerlens.models import load
@@ -223,6 +223,32 @@ def test_real_texts_split_into_sentences(tmp_path):
         (tmp_path / "n.jsonl").write_text(line)
         with pytest.raises(ExampleError, match=message):
             needles.read(tmp_path / "n.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("reader", "row"),
+    [
+        (read, {"prompt": "a{}b"}),
+        (needles.read, {"needle": "a{}b", "question": "q"}),
+        (maps.read, {"relation": "r", "source": "a{}b", "target": "t"}),
+    ],
+    ids=["examples", "needles", "pairs"],
+)
+def test_every_data_file_is_read_alike(reader, row, tmp_path):
+    """A line ends at a line feed alone, and what no tokenizer can take is named by its line."""
+    file, line = tmp_path / "d.jsonl", json.dumps(row)
+    odd = "\u2028\x85"
+    rows = [line.replace("a{}b", f"a{odd}b"), "", line.replace("a{}b", "ab")]
+    file.write_text("\r\n".join(rows), encoding="utf-8-sig")
+    assert repr(f"a{odd}b") in repr(reader(file)) and "'ab'" in repr(reader(file))
+    for bad, message in [
+        (line.replace("a{}b", "\\ud800"), "d.jsonl:2: holds half of a surrogate pair"),
+        ("[" * 100_000, "d.jsonl:2: not JSON: maximum recursion"),
+        ("[]", r"d.jsonl:2: '\[\]' is not a JSON object"),
+    ]:
+        file.write_text(f"{rows[2]}\n{bad}\n")
+        with pytest.raises(ExampleError, match=message):
+            reader(file)
 
 
 # --- sinks --------------------------------------------------------------------------------------------------
