@@ -140,6 +140,8 @@ def test_published_retrieval_scores(case):
         ("4417", " 441", 0),
         ("?!", "so?!", 1),
         ("?!", "so", 0),
+        ("北京", "首都是北京。", 1),
+        ("北京", "南京 of 4417", 0.5),
     ],
 )
 def test_recall_counts_words_with_repeats(reference, response, expected):
@@ -155,6 +157,8 @@ def test_the_needle_is_the_answer_inside_the_gold_span():
     (chars,) = gold(Chars(start, start + 23))
     assert text[chars.start : chars.stop] == "4417"
     assert gold(Chars(start, start + 23), answer="44")[0].start == text.index("44 is")  # a word, no part of one
+    (chars,) = gold(Chars(0, 12), "中国的首都是北京，不是南京", "北京")
+    assert (chars.start, chars.stop) == (6, 8)
     assert gold(Chars(0, 3)) == (Chars(0, 3),)
     assert gold("The code of 44 is 4417.", answer=None) == ("The code of 44 is 4417.",)
     assert gold(Role("user")) == (Role("user"),)
