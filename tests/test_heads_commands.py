@@ -97,6 +97,10 @@ def test_what_an_example_lacks_is_named(arguments, second, expected, data):
         (("maps", "--relation", "x"), "--relation 'x' needs --pairs"),
         (("maps", "--pairs", "no/such.jsonl"), "no/such.jsonl cannot be read"),
         (("importance", "--estimator", "tokens"), "token"),
+        (("importance", "--data", "x", "--length", "64"), "--length shapes the prompts of a task; leave it out"),
+        (("retrieval", "--length", "64"), "--length: of the prompts of --task and --data; needles"),
+        (("retrieval", "--samples", "3", "--lengths", "64"), "--samples: of the prompts"),
+        (("maps", "--pairs", "x", "--tokens", "3"), "--tokens are drawn for copying"),
     ],
 )
 def test_wrong_options(arguments, expected):
