@@ -319,6 +319,8 @@ def capture(
 ) -> Record:
     """Record attention statistics of every forward inside the context, after any steering.
 
+    A batch row is a row of each forward: in a beam search whatever beam was in that place then.
+
     Args:
         model: a transformers decoder model.
         spans: groups whose mass is recorded: `Spans`, or a list of (start, stop) ranges per prompt row.

@@ -68,7 +68,8 @@ def test_scores_are_written_and_read(tmp_path):
     assert HeadScores.load(tmp_path / "s.json") == found
     assert Heads.parse(f"{tmp_path}/s.json:top3") == Heads.parse(found.top(3))
     (tmp_path / "other.json").write_text('{"0-0": 1}')
-    for name in ("other.json", "missing.json"):
+    (tmp_path / "none.json").write_text(json.dumps(data | {"scores": {}}))
+    for name in ("other.json", "missing.json", "none.json"):
         with pytest.raises(HeadError, match=f"{name} holds no head scores"):
             HeadScores.load(tmp_path / name)
 

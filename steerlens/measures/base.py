@@ -129,7 +129,7 @@ class HeadScores:
             return cls(
                 data["measure"], data["model"], _parsed(data["scores"]), other, data["settings"], data["summary"]
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MeasureError) as error:
             raise HeadError(f"heads: {file} holds no head scores of steerlens: {error!r:.200}") from None
 
     def heat_map(self, file: str | Path) -> None:
