@@ -155,6 +155,8 @@ def _example(data: dict[str, Any]) -> Example:
     if not isinstance(groups, dict):
         raise ValueError(f"'groups' is {groups!r:.80}; it must be {{name: texts}}")
     named = {name: _texts(f"groups.{name}", value) for name, value in groups.items()}
+    if "emphasize" in data and "emphasis" in named:
+        raise ValueError("'emphasize' and 'groups.emphasis' are the same group; give one of them")
     if "emphasize" in data:
         named["emphasis"] = _texts("emphasize", data["emphasize"])
     key = data.get("key", "")

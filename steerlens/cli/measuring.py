@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class Run:
             raise UsageError(f"--output {self.output} must end in .json, so that --heads takes it as a file")
         if not self.output.parent.is_dir():
             raise UsageError(f"--output {self.output}: there is no folder {self.output.parent}")
+        if not os.access(self.output.parent, os.W_OK):
+            raise UsageError(
+                f"--output {self.output}: nothing can be written in {self.output.parent}; give another folder"
+            )
         for path in (self.output, self.output.with_suffix(".png")):
             if path.is_dir() or (path.exists() and not self.force):
                 raise UsageError(f"--output: {path} exists; give another name, or --force to write over it")
