@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from steerlens.errors import HeadError
 from steerlens.examples import Example, ExampleError, read
 from steerlens.heads import Heads
 from steerlens.measures import maps, needles, repeated, retrieval, sinks
-from steerlens.measures.base import HeadScores, MeasureError, batches
+from steerlens.measures.base import HeadScores, MeasureError, batches, greedy
 from steerlens.methods import HeadMask
 from steerlens.models import load
 
@@ -96,6 +97,35 @@ def test_batches_name_the_prompt_that_is_too_long(tiny):
     examples = [Example("one"), Example("the " * 1100)]
     with pytest.raises(ExampleError, match=r"example 2 has 1103 tokens.* room for 1024"):
         list(batches(*tiny, examples, 2))
+
+
+def test_batches_count_examples_over_batches(tiny):
+    examples = [Example("one"), Example("two", groups={"gold": ("three",)})]
+    with pytest.raises(ExampleError, match=r"^example 2, group 'gold': 'three' is not in the prompt"):
+        list(batches(*tiny, examples, 1, groups=("gold",)))
+
+
+def test_greedy_is_the_model_alone(tiny, monkeypatch):
+    """Whatever its config would do to the likeliest token; to the end of its room or the tokenizer's end of text."""
+    model, tokenizer = tiny
+    inputs, _ = steerlens.encode(tokenizer, [world.generate("lookup", 1)[0].prompt, "The the the the"])
+    expected = []
+    for row in range(2):
+        ids = inputs["input_ids"][row, inputs["attention_mask"][row] == 1][None]
+        for _ in range(12):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(ids[0, -12:].tolist())
+    for name, value in {"repetition_penalty": 9.0, "num_beams": 3, "do_sample": True, "eos_token_id": None}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    for ended in (expected[0][3], expected[1][5]):
+        other = SimpleNamespace(eos_token_id=ended, pad_token_id=0)
+        stops = [row.index(ended) if ended in row else 12 for row in expected]
+        got = greedy(model, other, inputs, 12)
+        assert got == [row[:stop] for row, stop in zip(expected, stops, strict=True)]
+    long, _ = steerlens.encode(tokenizer, "the " * 1018)
+    room = 1024 - long["input_ids"].shape[1]
+    assert 0 < room == len(greedy(model, SimpleNamespace(eos_token_id=None, pad_token_id=0), long, 50)[0])
 
 
 # --- retrieval ----------------------------------------------------------------------------------------------

@@ -138,6 +138,25 @@ def test_a_prompt_in_chunks(model_of, prompts):
     assert (records[0].column_mean - records[1].column_mean).nan_to_num().abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}], ids=["two", "beams"]
+)
+def test_each_prompt_becomes_several_rows(options, model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False} | options
+    with torch.no_grad(), steerlens.capture(model, SPANS, stats=["mass"]) as record:
+        out = model.generate(ids, **options)
+    rows = torch.arange(3).repeat_interleave(2)
+    spans = {name: [ranges[row] for row in rows] for name, ranges in SPANS.groups.items()}
+    whole = ids[rows] if "num_beams" in options else out[:, :-1]
+    real = torch.nn.functional.pad(mask[rows], (0, whole.shape[1] - 20), value=1)
+    with torch.no_grad(), steerlens.capture(model, spans, stats=["mass"]) as once:
+        model(whole, attention_mask=real)
+    got, expected = record[1].mass[:, :, : whole.shape[1]], once[1].mass
+    assert len(got) == 6 and torch.equal(got.isnan(), expected.isnan())
+    assert (got - expected).nan_to_num().abs().max() < 1e-5
+
+
 def test_one_record_one_batch(model_of, prompts):
     model, (ids, _) = model_of("llama-gqa"), prompts()
     with steerlens.capture(model) as record:
@@ -389,10 +408,17 @@ class TestMassive:
         def state():
             return [(len(m._forward_hooks), set(m.__dict__)) for m in model.modules()]
 
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
         before = state()
         with pytest.raises(KeyboardInterrupt), steerlens.capture(model, stats=["massive"], heads={1: [0]}):
             assert [len(layer._forward_hooks) for layer in model.model.layers] == [0, 1, 0]
             raise KeyboardInterrupt
+        assert state() == before
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.model.layers[2], "register_forward_hook", interrupted)
+            steerlens.capture(model, stats=["massive"]).__enter__()
         assert state() == before
         record = steerlens.capture(model, [[(1, 2)]], stats=["massive"])
         with record, pytest.raises(SpanError):
