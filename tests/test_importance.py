@@ -120,6 +120,14 @@ def test_nothing_is_left_on_the_model(model_of, batch):
     assert "_steerlens_engine" not in model.model.__dict__
 
 
+def test_dropout_is_off(batch):
+    model = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = importance.products(model, batch)
+    model.train()
+    for layer, got in importance.products(model, batch).items():
+        assert torch.equal(got, expected[layer])
+
+
 def test_no_memory_is_kept(model_of, batch):
     model, held = model_of("llama-gqa"), []
     importance.products(model, batch)
@@ -158,6 +166,16 @@ class TestTiny:
         assert one.summary["predicted_tokens"] >= 6 and len(one.scores) == 48
         for layer in range(6):
             assert sum(other.means()[layer, h] ** 2 for h in range(8)) == pytest.approx(1, abs=1e-4)
+
+    def test_batches_do_not_matter(self, tiny):
+        from steerlens.evals.examples import generate
+
+        examples = [e for n in (40, 64) for e in generate("capitals", 2, first_seed=200_000, length=n)]
+        one, other = (importance.measure(*tiny, examples, estimator="token", batch_size=n) for n in (1, 4))
+        assert one.summary == other.summary
+        for head, values in one.scores.items():
+            assert other.scores[head] == pytest.approx(values, rel=1e-3, abs=1e-6)
+            assert other.other["example"][head] == pytest.approx(one.other["example"][head], rel=1e-3, abs=1e-6)
 
     def test_all_tokens(self, tiny):
         example = Example("The mascot of Elmford is a fox.")
