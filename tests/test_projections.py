@@ -147,6 +147,10 @@ class TestMaps:
         assert maps.hits(rows, targets, k).float().mean() == score
         assert maps.hits(-rows, targets, k).float().mean() == suppression
 
+    def test_of_equal_tokens_the_lower_index_comes_first(self):
+        rows = torch.tensor([[1.0, 2, 2, 2]] * 4)
+        assert maps.ranks(rows, torch.tensor([1, 2, 3, 0])).tolist() == [0, 1, 2, 3]
+
     def test_salience(self):
         found = maps.salience(self.E, self.E @ self.VO)
         assert (found - torch.tensor([1, 1.118034, 1.274755, 0.790569])).abs().max() < 1e-6
