@@ -236,6 +236,9 @@ def test_needles_stand_at_sentence_ends_and_lengths_are_met(tiny):
         rest = len(text) - len(hidden[number].text)
         assert -80 < len(before) - depth / 100 * rest <= 0  # characters: the end of the sentence before
     assert examples == needles.grid(tokenizer, hidden, hay, [60, 120], [0, 50, 100], 2, seed=1)
+    # The last sentence of a file has no space behind it.
+    (again,) = needles.grid(tokenizer, hidden, ["It rained.\n", "Nobody came."], [90], [0], 1)
+    assert "It rained.\nNobody came. It rained.\nNobody came. " in again.prompt
     with pytest.raises(ExampleError, match=r"a prompt of 9 tokens is too short.*--lengths"):
         needles.grid(tokenizer, hidden, hay, [9], [0], 1)
 
