@@ -134,6 +134,7 @@ class Engine(Guarded):
         self.wrappers: dict[int, Wrapper] = {}
         self.thread = threading.get_ident()
         self._running: int | None = None
+        self._asked_for_weights = False
         self._arguments = list(inspect.signature(type(base).forward).parameters)[1:]
         self._forward: EagerForward | None = None
 
@@ -262,6 +263,7 @@ class Engine(Guarded):
         for record in self.records:
             record.expect(now)
         self.current = now
+        self._asked_for_weights = bool(given.get("output_attentions"))  # gpt2 and opt do not hand it on
         self._running = threading.get_ident()
         if self.scope is None:
             self.await_layers()
@@ -390,7 +392,7 @@ class Engine(Guarded):
         called: Hashable = ("called", site.layer)
         again, now.memo[called] = called in now.memo, True
         call.edits = lower(placed, now, site.layer, heads, again)
-        want_weights = bool(extra.get("output_attentions"))
+        want_weights = self._asked_for_weights or bool(extra.get("output_attentions"))
         if not placed:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
         elif want_weights and self.backend != "reference":

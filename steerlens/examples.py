@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,48 @@ def read(path: Path) -> list[Example]:
     Raises:
         ExampleError: naming the file, the line and the value.
     """
-    try:
-        # not splitlines: a JSON text may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExampleError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(_example(line))
-            except (ValueError, RecursionError) as error:
-                raise ExampleError(f"{path}:{number}: {error}") from None
+    for where, data in objects(path):
+        try:
+            found.append(_example(data))
+        except ValueError as error:
+            raise ExampleError(f"{where}: {error}") from None
     if not found:
         raise ExampleError(f"{path} holds no example; it needs a JSON object per line with 'prompt' or 'messages'")
     return found
+
+
+def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each behind the "file:line" where it stands.
+
+    Raises:
+        ExampleError: for a file that cannot be read, or a line that is no JSON object or holds half of a character.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would part lines at what texts may hold
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ExampleError(f"{path}:{number}: holds half of a surrogate pair, which is no character") from None
+        except (ValueError, RecursionError) as error:
+            raise ExampleError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ExampleError(f"{path}:{number}: {line[:60]!r} is not a JSON object")
+        yield f"{path}:{number}", data
+
+
+def read_text(path: Path) -> str:
+    """What a UTF-8 file holds, without a byte order mark.
+
+    Raises:
+        ExampleError: naming the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExampleError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -101,10 +128,7 @@ def splits(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> 
     return found
 
 
-def _example(line: str) -> Example:
-    data = json.loads(line)
-    if not isinstance(data, dict):
-        raise ValueError(f"{line[:60]!r} is not a JSON object")
+def _example(data: dict[str, Any]) -> Example:
     for key in data:
         if key not in KEYS:
             raise ValueError(f"unknown key {key!r}; allowed: {', '.join(KEYS)}{nearest(key, KEYS)}")
@@ -132,7 +156,7 @@ def _example(line: str) -> Example:
         raise ValueError(f"'groups' is {groups!r:.80}; it must be {{name: texts}}")
     named = {name: _texts(f"groups.{name}", value) for name, value in groups.items()}
     if "emphasize" in data and "emphasis" in named:
-        raise ValueError("'emphasize' and 'groups.emphasis' are one group; give one of them")
+        raise ValueError("'emphasize' and 'groups.emphasis' are the same group; give one of them")
     if "emphasize" in data:
         named["emphasis"] = _texts("emphasize", data["emphasize"])
     key = data.get("key", "")

@@ -41,13 +41,14 @@ class Record(Captured, Observer):
         self,
         model: Any,
         spans: Any,
-        stats: Sequence[str],
+        stats: str | Sequence[str],
         rows: str | int,
         heads: Any,
         maps: Any = None,
         map_rows: str | Iterable[int] = "all",
         map_limit: int = MAP_LIMIT,
     ) -> None:
+        stats = (stats,) if isinstance(stats, str) else stats
         for stat in stats:
             if stat not in KNOWN:
                 raise ValueError(f"unknown statistic {stat!r}; known: {', '.join(KNOWN)}{nearest(stat, KNOWN)}")
@@ -310,7 +311,7 @@ def _bytes(size: int) -> str:
 def capture(
     model: Any,
     spans: Any = None,
-    stats: Sequence[str] = STATS,
+    stats: str | Sequence[str] = STATS,
     rows: str | int = "all",
     heads: Any = "all",
     maps: Any = None,
@@ -319,11 +320,13 @@ def capture(
 ) -> Record:
     """Record attention statistics of every forward inside the context, after any steering.
 
+    A batch row is a row of each forward: in a beam search whatever beam was in that place then.
+
     Args:
         model: a transformers decoder model.
         spans: groups whose mass is recorded: `Spans`, or a list of (start, stop) ranges per prompt row.
-        stats: some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`, and `massive`, the largest activations of the
-            hidden state after each layer.
+        stats: one or some of `mass`, `entropy`, `argmax`, `lse`, `column_mean`, and `massive`, the largest activations
+            of the hidden state after each layer.
         rows: `all` query rows, the `last` of each forward, or how many of its last ones.
         heads: a head specification.
         maps: heads whose weights are kept whole, as `LayerRecord.map`; they need not be in `heads`. `None` for none.

@@ -207,6 +207,10 @@ class TestAttentions:
             model(ids)
         with pytest.raises(ValueError, match="map of layer 0 has 1 rows of 20 columns"):
             last.attentions()
+        with torch.no_grad(), steerlens.capture(model, stats=(), maps={0: [1]}, map_rows=range(10, 20)) as twice:
+            model(ids), model(ids)
+        with pytest.raises(ValueError, match="map of layer 0 has 20 rows of 20 columns, and a square"):
+            twice.attentions()
         with torch.no_grad(), steerlens.capture(model, stats=["lse"]) as without:
             model(ids)
         with pytest.raises(ValueError, match="no dense maps; ask for heads"):

@@ -1,6 +1,7 @@
 """`steerlens heads lookback|contextual|sra|importance|maps`: what they write, and what a newcomer gets wrong."""
 
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -79,6 +80,11 @@ def test_files_of_ones_own(data, tmp_path):
         (("lookback", "--teacher-forced"), {"groups": FULL["groups"]}, "lookback needs an 'answer'"),
         (("sra",), {"answer": "x"}, "sra needs a group 'emphasis'"),
         (("importance",), {"emphasize": "color"}, "importance needs an 'answer'"),
+        (
+            ("sra",),
+            {"emphasize": "red", "groups": {"emphasis": "red"}},
+            "'emphasize' and 'groups.emphasis' are the same",
+        ),
         (("sra",), {"emphasize": "not there"}, "example 2, group 'emphasis': 'not there' is not in the prompt"),
     ],
 )
@@ -87,7 +93,7 @@ def test_what_an_example_lacks_is_named(arguments, second, expected, data):
     found = heads(*arguments, "--data", data(FULL, second))
     assert found.exit_code == 2 and found.stdout == ""
     (line,) = found.stderr.splitlines()
-    assert expected in line and "example 2" in line and "on_missing" not in line
+    assert expected in line and ("example 2" in line or "data.jsonl:2" in line) and "on_missing" not in line
 
 
 @pytest.mark.parametrize(
@@ -97,11 +103,21 @@ def test_what_an_example_lacks_is_named(arguments, second, expected, data):
         (("maps", "--relation", "x"), "--relation 'x' needs --pairs"),
         (("maps", "--pairs", "no/such.jsonl"), "no/such.jsonl cannot be read"),
         (("importance", "--estimator", "tokens"), "token"),
+        (("importance", "--data", "x", "--length", "64"), "--length shapes the prompts of a task; leave it out"),
+        (("retrieval", "--length", "64"), "--length: of the prompts of --task and --data; needles"),
+        (("retrieval", "--samples", "3", "--lengths", "64"), "--samples: of the prompts"),
+        (("maps", "--pairs", "x", "--tokens", "3"), "--tokens are drawn for copying"),
     ],
 )
 def test_wrong_options(arguments, expected):
     found = heads(*arguments)
     assert found.exit_code == 2 and found.stdout == "" and expected in found.stderr
+
+
+def test_a_folder_that_cannot_be_written_in_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    found = heads("induction", "--output", tmp_path / "x.json", "--model", "./nowhere")
+    assert found.exit_code == 2 and "nothing can be written in" in found.stderr
 
 
 def test_a_family_that_maps_does_not_know(tmp_path):

@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from small_models import FAMILIES, build
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerlens import models
 from steerlens.errors import MethodError
@@ -84,6 +86,27 @@ def test_products_are_derivatives(family, native, model_of, batch):
         assert not got[1, :, :8].any()
 
 
+def test_a_layer_that_attends_twice(batch, monkeypatch):
+    """diffllama, to each half of its values: both count, in the first layer too."""
+    monkeypatch.setitem(FAMILIES, "diffllama", ("diffllama", {"num_key_value_heads": 4}))
+    model, native = build("diffllama"), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    found = importance.products(model, batch)
+    factors = {layer: torch.ones(*batch.ids.shape, 8, 1, requires_grad=True) for layer in found}
+
+    def scaled(module, *args, **kwargs):
+        output, weights = native(module, *args, **kwargs)
+        return output * factors[module.layer_idx], weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", scaled)
+    logits, loss = batch.run(model).logits.log_softmax(-1), 0
+    for row, response in enumerate(batch.responses):
+        for place, token in enumerate(response, batch.ids.shape[1] - len(response)):
+            loss = loss - logits[row, place, token]
+    for layer, expected in zip(found, torch.autograd.grad(loss, factors.values()), strict=True):
+        expected = expected[..., 0].transpose(1, 2)
+        assert (found[layer] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def test_nothing_is_left_on_the_model(model_of, batch):
     model = model_of("llama-gqa")
     model.train()
@@ -95,6 +118,14 @@ def test_nothing_is_left_on_the_model(model_of, batch):
     model.lm_head.weight.requires_grad_(True)
     model.eval()
     assert "_steerlens_engine" not in model.model.__dict__
+
+
+def test_dropout_is_off(batch):
+    model = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = importance.products(model, batch)
+    model.train()
+    for layer, got in importance.products(model, batch).items():
+        assert torch.equal(got, expected[layer])
 
 
 def test_no_memory_is_kept(model_of, batch):
@@ -136,6 +167,16 @@ class TestTiny:
         for layer in range(6):
             assert sum(other.means()[layer, h] ** 2 for h in range(8)) == pytest.approx(1, abs=1e-4)
 
+    def test_batches_do_not_matter(self, tiny):
+        from steerlens.evals.examples import generate
+
+        examples = [e for n in (40, 64) for e in generate("capitals", 2, first_seed=200_000, length=n)]
+        one, other = (importance.measure(*tiny, examples, estimator="token", batch_size=n) for n in (1, 4))
+        assert one.summary == other.summary
+        for head, values in one.scores.items():
+            assert other.scores[head] == pytest.approx(values, rel=1e-3, abs=1e-6)
+            assert other.other["example"][head] == pytest.approx(one.other["example"][head], rel=1e-3, abs=1e-6)
+
     def test_all_tokens(self, tiny):
         example = Example("The mascot of Elmford is a fox.")
         with pytest.raises(ExampleError, match="importance needs an 'answer'"):
@@ -144,3 +185,9 @@ class TestTiny:
         assert found.summary["predicted_tokens"] == found.summary["tokens"]
         with pytest.raises(MethodError, match="allowed: token, example, batch"):
             importance.measure(*tiny, [example], estimator="tokens")
+
+    def test_no_room_for_the_answer(self, tiny):
+        long = Example("the " * 1000, "fox " * 40)
+        for options in ({}, {"all_tokens": True}):
+            with pytest.raises(ExampleError, match=r"example 2 has 1\d+ tokens with its answer.*room for 1024"):
+                importance.measure(*tiny, [Example("What?", "fox"), long], **options)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import build
 from steerlens.evals import examples as world
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -21,10 +23,10 @@ import steerlens
 from steerlens.cli import app
 from steerlens.encoding import Chars, Regex, Role, Substring
 from steerlens.errors import HeadError
-from steerlens.examples import Example, ExampleError
+from steerlens.examples import Example, ExampleError, read
 from steerlens.heads import Heads
-from steerlens.measures import needles, repeated, retrieval, sinks
-from steerlens.measures.base import HeadScores, MeasureError, batches
+from steerlens.measures import maps, needles, repeated, retrieval, sinks
+from steerlens.measures.base import HeadScores, MeasureError, batches, greedy
 from steerlens.methods import HeadMask
 from steerlens.models import load
 
@@ -67,7 +69,8 @@ def test_scores_are_written_and_read(tmp_path):
     assert HeadScores.load(tmp_path / "s.json") == found
     assert Heads.parse(f"{tmp_path}/s.json:top3") == Heads.parse(found.top(3))
     (tmp_path / "other.json").write_text('{"0-0": 1}')
-    for name in ("other.json", "missing.json"):
+    (tmp_path / "none.json").write_text(json.dumps(data | {"scores": {}}))
+    for name in ("other.json", "missing.json", "none.json"):
         with pytest.raises(HeadError, match=f"{name} holds no head scores"):
             HeadScores.load(tmp_path / name)
 
@@ -94,6 +97,35 @@ def test_batches_name_the_prompt_that_is_too_long(tiny):
     examples = [Example("one"), Example("the " * 1100)]
     with pytest.raises(ExampleError, match=r"example 2 has 1103 tokens.* room for 1024"):
         list(batches(*tiny, examples, 2))
+
+
+def test_batches_count_examples_over_batches(tiny):
+    examples = [Example("one"), Example("two", groups={"gold": ("three",)})]
+    with pytest.raises(ExampleError, match=r"^example 2, group 'gold': 'three' is not in the prompt"):
+        list(batches(*tiny, examples, 1, groups=("gold",)))
+
+
+def test_greedy_is_the_model_alone(tiny, monkeypatch):
+    """Whatever its config would do to the likeliest token; to the end of its room or the tokenizer's end of text."""
+    model, tokenizer = tiny
+    inputs, _ = steerlens.encode(tokenizer, [world.generate("lookup", 1)[0].prompt, "The the the the"])
+    expected = []
+    for row in range(2):
+        ids = inputs["input_ids"][row, inputs["attention_mask"][row] == 1][None]
+        for _ in range(12):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(ids[0, -12:].tolist())
+    for name, value in {"repetition_penalty": 9.0, "num_beams": 3, "do_sample": True, "eos_token_id": None}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    for ended in (expected[0][3], expected[1][5]):
+        other = SimpleNamespace(eos_token_id=ended, pad_token_id=0)
+        stops = [row.index(ended) if ended in row else 12 for row in expected]
+        got = greedy(model, other, inputs, 12)
+        assert got == [row[:stop] for row, stop in zip(expected, stops, strict=True)]
+    long, _ = steerlens.encode(tokenizer, "the " * 1018)
+    room = 1024 - long["input_ids"].shape[1]
+    assert 0 < room == len(greedy(model, SimpleNamespace(eos_token_id=None, pad_token_id=0), long, 50)[0])
 
 
 # --- retrieval ----------------------------------------------------------------------------------------------
@@ -139,6 +171,8 @@ def test_published_retrieval_scores(case):
         ("4417", " 441", 0),
         ("?!", "so?!", 1),
         ("?!", "so", 0),
+        ("北京", "首都是北京。", 1),
+        ("北京", "南京 of 4417", 0.5),
     ],
 )
 def test_recall_counts_words_with_repeats(reference, response, expected):
@@ -154,6 +188,8 @@ def test_the_needle_is_the_answer_inside_the_gold_span():
     (chars,) = gold(Chars(start, start + 23))
     assert text[chars.start : chars.stop] == "4417"
     assert gold(Chars(start, start + 23), answer="44")[0].start == text.index("44 is")  # a word, no part of one
+    (chars,) = gold(Chars(0, 12), "中国的首都是北京，不是南京", "北京")
+    assert (chars.start, chars.stop) == (6, 8)
     assert gold(Chars(0, 3)) == (Chars(0, 3),)
     assert gold("The code of 44 is 4417.", answer=None) == ("The code of 44 is 4417.",)
     assert gold(Role("user")) == (Role("user"),)
@@ -200,6 +236,9 @@ def test_needles_stand_at_sentence_ends_and_lengths_are_met(tiny):
         rest = len(text) - len(hidden[number].text)
         assert -80 < len(before) - depth / 100 * rest <= 0  # characters: the end of the sentence before
     assert examples == needles.grid(tokenizer, hidden, hay, [60, 120], [0, 50, 100], 2, seed=1)
+    # The last sentence of a file has no space behind it.
+    (again,) = needles.grid(tokenizer, hidden, ["It rained.\n", "Nobody came."], [90], [0], 1)
+    assert "It rained.\nNobody came. It rained.\nNobody came. " in again.prompt
     with pytest.raises(ExampleError, match=r"a prompt of 9 tokens is too short.*--lengths"):
         needles.grid(tokenizer, hidden, hay, [9], [0], 1)
 
@@ -222,6 +261,32 @@ def test_real_texts_split_into_sentences(tmp_path):
         (tmp_path / "n.jsonl").write_text(line)
         with pytest.raises(ExampleError, match=message):
             needles.read(tmp_path / "n.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("reader", "row"),
+    [
+        (read, {"prompt": "a{}b"}),
+        (needles.read, {"needle": "a{}b", "question": "q"}),
+        (maps.read, {"relation": "r", "source": "a{}b", "target": "t"}),
+    ],
+    ids=["examples", "needles", "pairs"],
+)
+def test_every_data_file_is_read_alike(reader, row, tmp_path):
+    """A line ends at a line feed alone, and what no tokenizer can take is named by its line."""
+    file, line = tmp_path / "d.jsonl", json.dumps(row)
+    odd = "\u2028\x85"
+    rows = [line.replace("a{}b", f"a{odd}b"), "", line.replace("a{}b", "ab")]
+    file.write_text("\r\n".join(rows), encoding="utf-8-sig")
+    assert repr(f"a{odd}b") in repr(reader(file)) and "'ab'" in repr(reader(file))
+    for bad, message in [
+        (line.replace("a{}b", "\\ud800"), "d.jsonl:2: holds half of a surrogate pair"),
+        ("[" * 100_000, "d.jsonl:2: not JSON: maximum recursion"),
+        ("[]", r"d.jsonl:2: '\[\]' is not a JSON object"),
+    ]:
+        file.write_text(f"{rows[2]}\n{bad}\n")
+        with pytest.raises(ExampleError, match=message):
+            reader(file)
 
 
 # --- sinks --------------------------------------------------------------------------------------------------
@@ -253,6 +318,23 @@ def test_sinks_are_the_column_means_of_eager_attention(tiny):
         for layer, weights in enumerate(maps):
             for head, value in enumerate(weights[0, :, :, 0].mean(-1).tolist()):
                 assert found.scores[layer, head][place] == pytest.approx(value, abs=1e-5)
+
+
+def test_sinks_of_a_padded_row_are_those_of_the_row_alone(tiny):
+    """GPT-2 counts pads as positions unless it is told."""
+    _, tokenizer = tiny
+    model = build("gpt2", vocab_size=len(tokenizer))
+    examples = [Example(e.prompt) for n in (32, 64) for e in world.generate("lookup", 1, length=n)]
+    alone, together = (sinks.measure(model, tokenizer, examples, batch_size=n) for n in (1, 2))
+    for head, values in alone.scores.items():
+        assert together.scores[head] == pytest.approx(values, abs=1e-5)
+
+
+def test_sinks_read_the_beginning_of_long_texts(tiny):
+    found = sinks.measure(*tiny, [Example("the " * 1100)])
+    assert found.summary["tokens"] == [64, 64]
+    with pytest.raises(ExampleError, match=r"room for 1024: give shorter prompts, or have fewer"):
+        sinks.measure(*tiny, [Example("the " * 1100)], tokens=1100)
 
 
 def test_massive_activations_are_summed_up_by_channel(tiny):

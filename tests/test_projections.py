@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 from small_models import FAMILIES, build
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 from steerlens import decoder, models
 from steerlens.errors import MethodError, UnsupportedError
@@ -147,6 +150,10 @@ class TestMaps:
         assert maps.hits(rows, targets, k).float().mean() == score
         assert maps.hits(-rows, targets, k).float().mean() == suppression
 
+    def test_of_equal_tokens_the_lower_index_comes_first(self):
+        rows = torch.tensor([[1.0, 2, 2, 2]] * 4)
+        assert maps.ranks(rows, torch.tensor([1, 2, 3, 0])).tolist() == [0, 1, 2, 3]
+
     def test_salience(self):
         found = maps.salience(self.E, self.E @ self.VO)
         assert (found - torch.tensor([1, 1.118034, 1.274755, 0.790569])).abs().max() < 1e-6
@@ -198,5 +205,15 @@ class TestMaps:
         file.write_text('{"relation": "color", "source": "red"}')
         with pytest.raises(ExampleError, match=r"pairs.jsonl:1: .*three texts"):
             maps.read(file)
+        everything = {token for token, _ in maps.copying(tokenizer, 10**6, 0)["copying"]}
+        assert everything | set(tokenizer.all_special_ids) == set(tokenizer.get_vocab().values())
+        assert not everything & set(tokenizer.all_special_ids)
         one, other = (maps.copying(tokenizer, 20, seed) for seed in (0, 1))
         assert one != other and all(s == t for s, t in one["copying"]) and len(one["copying"]) == 20
+
+    def test_pairs_of_a_tokenizer_that_puts_a_space_in_front(self):
+        pieces = [(piece, -1.0) for piece in ("<unk>", "▁", "▁red", "▁blue", "red", "x")]
+        inner = Tokenizer(Unigram(pieces, unk_id=0))
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+        assert maps.single_tokens(tokenizer, {"r": [("red", "blue"), ("red", "x")]}) == {"r": [(2, 3)]}

@@ -138,6 +138,25 @@ def test_a_prompt_in_chunks(model_of, prompts):
     assert (records[0].column_mean - records[1].column_mean).nan_to_num().abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}], ids=["two", "beams"]
+)
+def test_each_prompt_becomes_several_rows(options, model_of, prompts):
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left")
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False} | options
+    with torch.no_grad(), steerlens.capture(model, SPANS, stats=["mass"]) as record:
+        out = model.generate(ids, **options)
+    rows = torch.arange(3).repeat_interleave(2)
+    spans = {name: [ranges[row] for row in rows] for name, ranges in SPANS.groups.items()}
+    whole = ids[rows] if "num_beams" in options else out[:, :-1]
+    real = torch.nn.functional.pad(mask[rows], (0, whole.shape[1] - 20), value=1)
+    with torch.no_grad(), steerlens.capture(model, spans, stats=["mass"]) as once:
+        model(whole, attention_mask=real)
+    got, expected = record[1].mass[:, :, : whole.shape[1]], once[1].mass
+    assert len(got) == 6 and torch.equal(got.isnan(), expected.isnan())
+    assert (got - expected).nan_to_num().abs().max() < 1e-5
+
+
 def test_one_record_one_batch(model_of, prompts):
     model, (ids, _) = model_of("llama-gqa"), prompts()
     with steerlens.capture(model) as record:
@@ -170,7 +189,8 @@ def test_capture_is_as_careful_as_steer(model_of, prompts):
 def test_bad_requests(model_of, prompts):
     model = model_of("llama-gqa")
     with pytest.raises(ValueError, match="did you mean 'entropy'"):
-        steerlens.capture(model, stats=["entrop"])
+        steerlens.capture(model, stats="entrop")
+    assert steerlens.capture(model, stats="entropy").stats == ("entropy",)
     with pytest.raises(ValueError, match="rows='first'"):
         steerlens.capture(model, rows="first")
     with steerlens.capture(model, spans=SPANS), pytest.raises(SpanError, match="3 prompt rows"):
@@ -231,6 +251,25 @@ def test_a_token_that_sees_no_key(backend, model_of, prompts):
     got = record[0]
     assert got.argmax[0, :, 8].tolist() == [0, 0] and (got.argmax[0, :, 9:] > 0).any()
     assert (got.mass[0, :, 8] == 0).all() and (got.entropy[0, :, 8] == 0).all() and (got.lse[0, :, 8] < -1e3).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+def test_each_head_under_its_own_mask(backend, model_of, prompts):
+    """A mask of the user's may differ between heads: a key's mean is over the rows that see it in that head."""
+    model, (ids, _) = model_of("llama-gqa", "eager"), prompts(None, (18, 18))
+    visible = torch.ones(18, 18, dtype=torch.bool).tril().expand(2, 8, 18, 18).clone()
+    visible[:, 5, 10:, 3:9], visible[1, 2, :, 1:4] = False, False
+    visible |= torch.eye(18, dtype=torch.bool)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        weights = model(ids, attention_mask=mask, output_attentions=True).attentions[1]
+        steered = steerlens.steer(model, ZeroTuning(3.0, heads={2: [0]}), backend=backend)
+        with steered, steerlens.capture(model, heads={1: [2, 4, 5]}) as record:
+            model(ids, attention_mask=mask)
+    chosen = weights[:, [2, 4, 5]]
+    expected = chosen.sum(2) / visible[:, [2, 4, 5]].sum(2)
+    assert (record[1].column_mean - expected).abs().max() < 1e-5
+    assert torch.equal(record[1].argmax, chosen.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -369,10 +408,17 @@ class TestMassive:
         def state():
             return [(len(m._forward_hooks), set(m.__dict__)) for m in model.modules()]
 
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
         before = state()
         with pytest.raises(KeyboardInterrupt), steerlens.capture(model, stats=["massive"], heads={1: [0]}):
             assert [len(layer._forward_hooks) for layer in model.model.layers] == [0, 1, 0]
             raise KeyboardInterrupt
+        assert state() == before
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.model.layers[2], "register_forward_hook", interrupted)
+            steerlens.capture(model, stats=["massive"]).__enter__()
         assert state() == before
         record = steerlens.capture(model, [[(1, 2)]], stats=["massive"])
         with record, pytest.raises(SpanError):

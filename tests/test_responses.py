@@ -1,5 +1,6 @@
 """Measures on the rows that produce a response: lookback, contextual, sra; methods/heads.md §3, §5, §8."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -127,10 +128,17 @@ class TestTiny:
         assert found.top(7) == {1: [1, 2, 3, 4, 5, 6, 7]}
         assert found.summary["answered"] == 6
 
-    def test_batches_do_not_matter(self, tiny):
-        examples = examples_of("lookup", 5)
-        one, other = (lookback.measure(*tiny, examples, batch_size=size) for size in (1, 5))
-        assert all(one.means()[head] == pytest.approx(other.means()[head], abs=1e-4) for head in one.scores)
+    @pytest.mark.parametrize("module", [lookback, contextual, sra], ids=lambda module: module.__name__[19:])
+    def test_batches_do_not_matter(self, tiny, module):
+        """Prompts and answers of several lengths: beside the rows that count there are pads and rows of prompts."""
+        examples = [e for n in (40, 64) for e in examples_of("conflict", 2, n)]
+        for i in (1, 2):
+            examples[i] = dataclasses.replace(examples[i], answer=f"{examples[i].answer}{' or not' * i}")
+        found = [module.measure(*tiny, examples, teacher_forced=True, batch_size=size) for size in (1, 4)]
+        for head, values in found[0].scores.items():
+            assert found[1].scores[head] == pytest.approx(values, abs=1e-4)
+        numbers = [[v for v in side.summary.values() if isinstance(v, float)] for side in found]
+        assert numbers[1] == pytest.approx(numbers[0], abs=1e-3)
 
     def test_own_answers_that_are_right_are_the_forced_ones(self, tiny):
         model, tokenizer = tiny

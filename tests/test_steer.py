@@ -459,6 +459,18 @@ class TestSafety:
                 with steerlens.steer(model, rows[1]), pytest.raises(UnsupportedError, match="whole prompt"):
                     model(more, **{caches.NAME: cache})
 
+    @pytest.mark.parametrize("family", ["gpt2", "opt"])
+    def test_attentions_that_a_family_does_not_ask_its_layers_for(self, family, model_of, prompts):
+        model, (ids, _) = model_of(family, "eager"), prompts()
+        with torch.no_grad(), steerlens.steer(model, ZeroTuning(3.0, heads={1: [2]}), backend="reference"):
+            weights = model(ids, output_attentions=True).attentions
+            with steerlens.capture(model, stats=(), maps="all") as record:
+                model(ids)
+        assert len(weights) == 3
+        assert all((record[layer].map - weights[layer]).abs().max() < 1e-5 for layer in range(3))
+        with steerlens.steer(model, ZeroTuning(3.0, heads={1: [2]})), pytest.raises(UnsupportedError, match="capture"):
+            model(ids, output_attentions=True)
+
     def test_running_act_refuses_what_its_state_cannot_follow(self, model, prompts):
         ids, _ = prompts()
         with steerlens.steer(model, ACT(0.3, 0.08, decode="running")):

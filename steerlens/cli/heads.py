@@ -49,11 +49,16 @@ def retrieval(
 
     Default prompts: needles in filler, over a grid of lengths and depths.
     """
-    own = {"lengths": lengths, "depths": depths, "trials": trials, "haystack": haystack, "needles": needles}
-    given = [f"--{name}" for name, value in own.items() if value is not None]
+    grid, other = ("lengths", "depths", "trials", "haystack", "needles"), ("samples", "length")
+    given = [f"--{name}" for name in (grid if run.task or run.data else other) if name in run.given]
     if given and (run.task or run.data):
         raise UsageError(
             f"{', '.join(given)} shape needles in a haystack; leave out {'--task' if run.task else '--data'}"
+        )
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: of the prompts of --task and --data; needles in a haystack are shaped by --lengths, "
+            "--depths and --trials"
         )
     wanted = None if lengths is None else numbers(lengths, "--lengths", 1, 10_000_000)
     places = numbers(depths or "0,25,50,75,100", "--depths", 0, 100)

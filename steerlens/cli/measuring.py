@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Run:
 
     drawn: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
     """What the scores' settings say of the prompts."""
+    given: set[str] = dataclasses.field(default_factory=set, init=False)
+    """Names of the options that the command line has, the measure's own included."""
 
     def check(self) -> None:
         """Raise `UsageError` for an output that cannot be written, before anything is loaded."""
@@ -64,6 +67,10 @@ class Run:
             raise UsageError(f"--output {self.output} must end in .json, so that --heads takes it as a file")
         if not self.output.parent.is_dir():
             raise UsageError(f"--output {self.output}: there is no folder {self.output.parent}")
+        if not os.access(self.output.parent, os.W_OK):
+            raise UsageError(
+                f"--output {self.output}: nothing can be written in {self.output.parent}; give another folder"
+            )
         for path in (self.output, self.output.with_suffix(".png")):
             if path.is_dir() or (path.exists() and not self.force):
                 raise UsageError(f"--output: {path} exists; give another name, or --force to write over it")
@@ -139,6 +146,8 @@ class DataRun(Run):
         super().check()
         if self.task is not None and self.data is not None:
             raise UsageError("--task and --data exclude each other")
+        if self.data is not None and "length" in self.given:
+            raise UsageError("--length shapes the prompts of a task; leave it out with --data")
 
     def examples(self, default: str) -> list[Example]:
         """The prompts of `--data` or `--task`, else those of the task `default`."""
@@ -180,8 +189,12 @@ def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[.
             if option.init
         ]
 
-        def call(**given: Any) -> None:
+        def call(context: typer.Context, **given: Any) -> None:
+            sources = {name: context.get_parameter_source(name) for name in given}
             run = kind(**{option.name: given.pop(option.name) for option in shared})
+            run.given.update(
+                name for name, source in sources.items() if source is not None and source.name != "DEFAULT"
+            )
             run.check()
             try:
                 found = function(run, **given)
@@ -193,7 +206,8 @@ def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[.
         guarded = guard.guarded(call)
         guarded.__doc__ = function.__doc__
         options_first = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        guarded.__signature__ = inspect.Signature([*options_first, *shared])  # type: ignore[attr-defined]
+        asked = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        guarded.__signature__ = inspect.Signature([asked, *options_first, *shared])  # type: ignore[attr-defined]
         app.command(function.__name__)(guarded)
         return function
 

@@ -133,6 +133,8 @@ def maps(
     """
     from steerlens.measures import maps as mapping
 
+    if pairs is not None and "tokens" in run.given:
+        raise UsageError("--tokens are drawn for copying; leave it out with --pairs")
     texts = None if pairs is None else mapping.read(pairs)
     if texts is not None and relation is not None and relation not in texts:
         raise UsageError(f"--relation {relation!r}: {pairs} has {', '.join(texts)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from steerlens.examples import Example, ExampleError
 from steerlens.heads import rank
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BatchEncoding
 
     from steerlens.spans import Spans
@@ -127,7 +129,7 @@ class HeadScores:
             return cls(
                 data["measure"], data["model"], _parsed(data["scores"]), other, data["settings"], data["summary"]
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MeasureError) as error:
             raise HeadError(f"heads: {file} holds no head scores of steerlens: {error!r:.200}") from None
 
     def heat_map(self, file: str | Path) -> None:
@@ -190,7 +192,7 @@ def batches(
     *,
     groups: Sequence[str] = (),
     room: int = 0,
-    answers: bool = False,
+    most: int | None = None,
 ) -> Iterator[tuple[Sequence[Example], BatchEncoding, Spans]]:
     """Examples in batches, encoded for `model`: the examples, their left-padded inputs and their spans.
 
@@ -201,7 +203,7 @@ def batches(
         size: examples per batch.
         groups: span groups to look up; an example without one gets no range there.
         room: tokens that must fit behind each prompt.
-        answers: put the answer behind the prompt, after a space (texts only).
+        most: tokens that are read of each prompt, where not all are.
 
     Raises:
         ExampleError: for a prompt that is too long for the model, or a span that is not found.
@@ -211,7 +213,7 @@ def batches(
     limit = context(model)
     for first in range(0, len(examples), size):
         rows = examples[first : first + size]
-        prompts = [f"{row.prompt} {row.answer}" if answers else row.prompt for row in rows]
+        prompts = [row.prompt for row in rows]
         wanted = {name: [list(row.groups.get(name, ())) for row in rows] for name in groups}
         try:
             inputs, spans = encode(tokenizer, prompts, groups=wanted, device=model.device)
@@ -221,11 +223,12 @@ def batches(
             raise ExampleError(f"example {first + int(row[1]) + 1}{text[row.end() :]}" if row else text) from error
         lengths = inputs["attention_mask"].sum(-1).tolist()
         for number, length in enumerate(lengths, first + 1):
+            length = length if most is None else min(length, most)
             if limit is not None and length + room > limit:
                 answer = f" and {room} for the answer" if room else ""
                 raise ExampleError(
                     f"example {number} has {length} tokens{answer}; the model has room for {limit}: "
-                    "give shorter prompts"
+                    f"give shorter prompts{'' if most is None else ', or have fewer of their tokens read'}"
                 )
         yield rows, inputs, spans
 
@@ -234,6 +237,26 @@ def context(model: Any) -> int | None:
     """Tokens that the model has room for, where its config says so."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
+
+
+def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, keep: int | None = None) -> Any:
+    """The model's output for left-padded ids [B, T], no cache made, each row's positions counted from its first token.
+
+    Args:
+        model: a transformers model.
+        ids: token ids.
+        mask: 1 for tokens, 0 for pads.
+        keep: rows at the end whose logits are needed, where the model can leave out the others.
+    """
+    from steerlens.wrapping import unwrap
+
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    takes = inspect.signature(unwrap(model).forward).parameters
+    if "position_ids" in takes:  # a model may count the pads otherwise
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if keep is not None and "logits_to_keep" in takes:
+        given["logits_to_keep"] = keep
+    return model(**given)
 
 
 def greedy(model: Any, tokenizer: Any, inputs: BatchEncoding, most: int, **options: Any) -> list[list[int]]:

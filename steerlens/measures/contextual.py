@@ -34,6 +34,8 @@ def measure(
 ) -> HeadScores:
     """Score heads by the attention mass on the group "gold" in the rows that produce the response, one per example.
 
+    The summary has the context-dependency score of each layer, of the same mass.
+
     Args:
         model: a transformers model.
         tokenizer: of the model.

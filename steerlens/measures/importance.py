@@ -15,7 +15,7 @@ import torch
 from steerlens.errors import MethodError, UnsupportedError
 from steerlens.examples import Example
 from steerlens.measures.base import Head, HeadScores, MeasureError, batches, describe, require
-from steerlens.measures.responses import Forced, answer_ids
+from steerlens.measures.responses import Forced, answer_ids, check_room
 from steerlens.observing import Observer
 from steerlens.passes import Pass
 
@@ -46,7 +46,7 @@ class Products(Observer):
 
     Attributes:
         found: fp32 [B, H, Tq] per layer, pads 0.
-        first: the output that gradients are asked for, so that no parameter needs one.
+        asked: outputs that gradients are asked for, so that no parameter needs one: those that nothing before needs.
     """
 
     name = "steerlens heads importance"
@@ -54,7 +54,7 @@ class Products(Observer):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.found: dict[int, torch.Tensor] = {}
-        self.first: torch.Tensor | None = None
+        self.asked: list[torch.Tensor] = []
 
     def output(self, layer: int, output: torch.Tensor, now: Pass) -> None:
         """Have the gradient of an attention output come by."""
@@ -65,9 +65,9 @@ class Products(Observer):
                 "here (tensor parallelism): load the model without tp_plan"
             )
         if not output.requires_grad:
-            output.requires_grad_()
-        if self.first is None:
-            self.first = output
+            self.asked.append(output.requires_grad_())
+        elif not self.asked:
+            self.asked.append(output)
         real, context = now.real_rows(), output.detach()
 
         def store(gradient: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ class Products(Observer):
             if real is not None:
                 # not a product: what a row of pads holds may be NaN
                 products = torch.where(real[:, None].to(products.device), products, 0.0)
-            # a layer may attend twice, to each half of its values
+            # diffllama attends twice in a layer, to each half of its values
             self.found[layer] = self.found[layer] + products if layer in self.found else products
 
         output.register_hook(store)
@@ -92,9 +92,8 @@ def products(model: Any, batch: Forced) -> dict[int, torch.Tensor]:
             logits.float().transpose(1, 2), targets.to(logits.device), ignore_index=-100, reduction="sum"
         )
         # its hook holds `watched`: held by it in turn, both would stay until the next garbage collection
-        first, watched.first = watched.first, None
-        assert first is not None
-        torch.autograd.grad(loss, first)
+        asked, watched.asked = watched.asked, []
+        torch.autograd.grad(loss, asked)
     return watched.found
 
 
@@ -167,12 +166,15 @@ def _batches(
     size: int,
     advance: Callable[[int], None],
 ) -> Iterator[Forced]:
+    number = 0
     for rows, inputs, _ in batches(model, tokenizer, examples, size):
         mask = inputs["attention_mask"].bool()
         prompts = [ids[real].tolist() for ids, real in zip(inputs["input_ids"], mask, strict=True)]
         answers = [
             answer_ids(tokenizer, row, ids) if row.answer else [] for row, ids in zip(rows, prompts, strict=True)
         ]
+        check_room(model, prompts, answers, number)
+        number += len(rows)
         if all_tokens:
             texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
             prompts, answers = [ids[:1] for ids in texts], [ids[1:] for ids in texts]

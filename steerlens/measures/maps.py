@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from steerlens.errors import MethodError, UnsupportedError
-from steerlens.examples import ExampleError
+from steerlens.examples import ExampleError, objects
 from steerlens.measures.base import Head, HeadScores, describe
 from steerlens.projections import Projections
 from steerlens.wrapping import unwrap
@@ -49,21 +49,11 @@ def read(path: Path) -> dict[str, list[tuple[str, str]]]:
     Raises:
         ExampleError: naming the file, the line and the value.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExampleError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     wanted = ("relation", "source", "target")
     found: dict[str, list[tuple[str, str]]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ExampleError(f"{path}:{number}: {error}") from None
-        if not isinstance(row, dict) or set(row) != set(wanted) or not all(row[k] and type(row[k]) is str for k in row):
-            raise ExampleError(f"{path}:{number}: {line.strip()!r:.80} is not an object of three texts: {wanted}")
+    for where, row in objects(path):
+        if set(row) != set(wanted) or not all(row[k] and type(row[k]) is str for k in row):
+            raise ExampleError(f"{where}: {json.dumps(row)!r:.80} is not an object of three texts: {wanted}")
         found.setdefault(row["relation"], []).append((row["source"], row["target"]))
     if not found:
         raise ExampleError(f"{path} holds no pair; it needs a JSON object per line with {', '.join(wanted)}")

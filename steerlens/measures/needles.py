@@ -13,7 +13,7 @@ from typing import Any
 
 from steerlens.encoding import Chars
 from steerlens.errors import nearest
-from steerlens.examples import Example, ExampleError
+from steerlens.examples import Example, ExampleError, objects, read_text
 
 QUESTION = " Question: {question} Answer:"
 BOOK = "\nBased on the content of the book, Question: {question}\nAnswer:"
@@ -38,22 +38,14 @@ def read(path: Path) -> list[Needle]:
         ExampleError: naming the file, the line and the value.
     """
     found = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise ExampleError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(data, dict) or not {"needle", "question"} <= data.keys():
-            raise ExampleError(f"{path}:{number}: {line[:60]!r} is no object with 'needle' and 'question'")
+    for where, data in objects(path):
+        if not {"needle", "question"} <= data.keys():
+            raise ExampleError(f"{where}: {json.dumps(data)[:60]!r} is no object with 'needle' and 'question'")
         for key, value in data.items():
             if key not in _KEYS:
-                raise ExampleError(
-                    f"{path}:{number}: unknown key {key!r}; allowed: {', '.join(_KEYS)}{nearest(key, _KEYS)}"
-                )
+                raise ExampleError(f"{where}: unknown key {key!r}; allowed: {', '.join(_KEYS)}{nearest(key, _KEYS)}")
             if not isinstance(value, str) or not value.strip():
-                raise ExampleError(f"{path}:{number}: {key!r} is {value!r:.80}; it must be a text, not empty")
+                raise ExampleError(f"{where}: {key!r} is {value!r:.80}; it must be a text, not empty")
         found.append(Needle(data["needle"].strip(), data["question"], data.get("answer")))
     if not found:
         raise ExampleError(f"{path} holds no needle; it needs a JSON object per line with 'needle' and 'question'")
@@ -62,7 +54,7 @@ def read(path: Path) -> list[Needle]:
 
 def sentences(path: Path) -> list[str]:
     """The sentences of a text file, each with the white space behind it."""
-    text = _text(path).strip()
+    text = read_text(path).strip()
     if not text:
         raise ExampleError(f"{path} is empty; it must hold the text to hide needles in")
     ends = [0, *(match.end() for match in _SENTENCE.finditer(text)), len(text)]
@@ -143,10 +135,3 @@ def _most(size: Callable[[int], int], length: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= length else (low, middle)
     return low
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExampleError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

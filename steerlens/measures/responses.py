@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from steerlens import decoder
 from steerlens.encoding import encode
 from steerlens.examples import Example, ExampleError
-from steerlens.measures.base import MeasureError, batches, context, greedy, require
+from steerlens.measures.base import MeasureError, batches, context, forward, greedy, require
 from steerlens.spans import Range
 from steerlens.wrapping import unwrap
 
@@ -75,13 +74,7 @@ class Forced:
             model: a transformers model.
             keep: rows at the end whose logits are needed, where the model can leave out the others.
         """
-        given: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
-        takes = inspect.signature(unwrap(model).forward).parameters
-        if "position_ids" in takes:
-            given["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)
-        if keep is not None and "logits_to_keep" in takes:
-            given["logits_to_keep"] = keep
-        return model(**given)
+        return forward(model, self.ids, self.mask, keep)
 
     def mass(self, model: Any, groups: Mapping[str, Sequence[Sequence[Range]]]) -> Record:
         """A record of the attention mass on column ranges per row, of the last `most` query rows.
@@ -141,7 +134,6 @@ def forced(
         MeasureError: if every response is empty.
     """
     require(measure, examples, answer=teacher_forced, groups=groups)
-    limit = context(model)
     any_response, number = False, 0
     for rows, inputs, spans in batches(model, tokenizer, examples, batch_size, groups=groups, room=1):
         pads = [int(n) for n in (inputs["attention_mask"] == 0).sum(-1)]
@@ -150,12 +142,7 @@ def forced(
             responses = [answer_ids(tokenizer, row, ids) for row, ids in zip(rows, prompts, strict=True)]
         else:
             responses = greedy(model, tokenizer, inputs, max_new_tokens)
-        for at, (prompt, response) in enumerate(zip(prompts, responses, strict=True), number + 1):
-            if limit is not None and len(prompt) + len(response) > limit:
-                raise ExampleError(
-                    f"example {at} has {len(prompt) + len(response)} tokens with its answer; the model has room for "
-                    f"{limit}: give shorter prompts (--length)"
-                )
+        check_room(model, prompts, responses, number)
         number += len(rows)
         kept = [i for i, response in enumerate(responses) if response]
         if kept:
@@ -176,6 +163,17 @@ def forced(
             f"{measure}: the model answered none of the {len(examples)} prompts with any text; give answers and "
             "--teacher-forced"
         )
+
+
+def check_room(model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], before: int) -> None:
+    """Raise `ExampleError` for a prompt that is too long with its response; `before` examples came earlier."""
+    limit = context(model)
+    for at, (prompt, response) in enumerate(zip(prompts, responses, strict=True), before + 1):
+        if limit is not None and len(prompt) + len(response) > limit:
+            raise ExampleError(
+                f"example {at} has {len(prompt) + len(response)} tokens with its answer; the model has room for "
+                f"{limit}: give shorter prompts (--length)"
+            )
 
 
 def answer_ids(tokenizer: Any, example: Example, prompt: Sequence[int]) -> list[int]:

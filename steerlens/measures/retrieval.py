@@ -21,6 +21,10 @@ from steerlens.measures.base import Head, HeadScores, MeasureError, batches, con
 
 ACCEPTED = 0.5
 STRONG = 0.1
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese: no spaces between words, so that each character counts as one."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_LETTER = rf"[^\W{_UNSPACED}]"
 
 
 def copy_scores(
@@ -53,9 +57,10 @@ def copy_scores(
 def recall(reference: str, response: str) -> float:
     """ROUGE-1 recall: the share of the reference's words, with repeats, in the response.
 
-    Words are lower-cased runs of letters and digits, as in rouge_score without its stemmer.
+    Words are lower-cased runs of letters and digits, as in rouge_score without its stemmer, and the single characters
+    of scripts without spaces.
     """
-    wanted, given = (Counter(re.findall(r"[^\W_]+", text.lower())) for text in (reference, response))
+    wanted, given = (Counter(_WORD.findall(text.lower())) for text in (reference, response))
     if not wanted:
         return float(reference.strip() in response)
     return (wanted & given).total() / wanted.total()
@@ -154,7 +159,7 @@ def _line(produced: list[int], tokenizer: Any) -> list[int]:
 
 def _narrow(example: Example) -> tuple[Any, ...]:
     """The gold selectors, each narrowed to the answer where that stands in it."""
-    answer = example.answer and re.compile(rf"(?<!\w){re.escape(example.answer)}(?!\w)")
+    answer = example.answer and re.compile(rf"(?<!{_LETTER}){re.escape(example.answer)}(?!{_LETTER})")
     found = []
     for selector in example.groups["gold"]:
         chars = isinstance(selector, Chars) and isinstance(example.prompt, str)

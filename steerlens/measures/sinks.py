@@ -13,7 +13,7 @@ import torch
 
 import steerlens
 from steerlens.examples import Example
-from steerlens.measures.base import Head, HeadScores, batches, describe, require
+from steerlens.measures.base import Head, HeadScores, batches, describe, forward, require
 from steerlens.methods import ACT
 
 
@@ -70,12 +70,12 @@ def measure(
     hidden: dict[Head, list[float]] = {}
     massive: dict[int, list[tuple[int, bool, float]]] = {}
     read = []
-    for rows, inputs, _ in batches(model, tokenizer, examples, batch_size):
+    for rows, inputs, _ in batches(model, tokenizer, examples, batch_size, most=tokens):
         cut = first_tokens(inputs, tokens)
         read += cut["attention_mask"].sum(-1).tolist()
         first = (cut["attention_mask"] == 0).sum(-1).tolist()
         with torch.no_grad(), steerlens.capture(model, stats=("column_mean", "massive")) as record:
-            model(**cut)
+            forward(model, cut["input_ids"], cut["attention_mask"])
         for layer in record.layers:
             means, activations = record[layer].column_mean, record[layer].massive
             assert means is not None and activations is not None
