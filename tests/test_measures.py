@@ -1,5 +1,6 @@
 """Measures of heads: the formulas against the specification's numbers, the measures on `tiny` and small models."""
 
+import copy
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import build
 from steerlens.evals import examples as world
+from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -395,6 +397,16 @@ def test_sequences_are_random_tokens_twice(tiny):
     assert not set(ids[:, 1:].flatten().tolist()) & set(tokenizer.all_special_ids)
     assert torch.equal(ids, repeated.sequences(model, tokenizer, 40, 3, 5))
     assert not torch.equal(ids, repeated.sequences(model, tokenizer, 40, 3, 6))
+
+
+def test_sequences_begin_with_bos_where_texts_do(tiny):
+    model, tokenizer = tiny
+    bare = copy.deepcopy(tokenizer)
+    bare.add_bos_token = False
+    bare.backend_tokenizer.post_processor = ByteLevel()
+    assert bare.bos_token_id is not None and bare("a")["input_ids"][0] != bare.bos_token_id
+    ids = repeated.sequences(model, bare, 40, 3, 5)
+    assert torch.equal(ids, repeated.sequences(model, tokenizer, 40, 3, 5)[:, 1:])
 
 
 def test_a_sliding_window_hides_the_first_half(model_of, tiny):
