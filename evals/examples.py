@@ -8,10 +8,10 @@ from steerlens.evals.world.facts import entity_facts
 from steerlens.evals.world.tasks import INSTRUCTIONS, TASKS, Sample, sample
 from steerlens.evals.world.vocabulary import filler
 
-from steerlens.encoding import Chars
 from steerlens.errors import nearest
 from steerlens.examples import Example, ExampleError
 from steerlens.measures.needles import Needle
+from steerlens.selectors import Chars
 
 
 def generate(task: str, count: int, *, first_seed: int = 0, length: int = 128) -> list[Example]:

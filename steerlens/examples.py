@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Example:
         groups: selectors per span group ("emphasis": what to emphasise; "gold": what holds the answer; "context":
             what the answer should rest on), looked up as by `steerlens.encode`.
         key: examples of equal key never lie in two splits; the prompt itself unless given.
+        source: where it stands, "file:line", for messages.
     """
 
     prompt: str | tuple[Mapping[str, str], ...]
@@ -39,10 +40,16 @@ class Example:
     alternatives: tuple[str, ...] = ()
     groups: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     key: str = ""
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.key:
             object.__setattr__(self, "key", json.dumps(self.prompt, sort_keys=True))
+
+    def __str__(self) -> str:
+        """Where it stands, or how it begins, for messages."""
+        text = self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+        return self.source or f"the example {text[:60]!r}"
 
 
 def read(path: Path) -> list[Example]:
@@ -57,7 +64,7 @@ def read(path: Path) -> list[Example]:
     found = []
     for where, data in objects(path):
         try:
-            found.append(_example(data))
+            found.append(replace(_example(data), source=where))
         except ValueError as error:
             raise ExampleError(f"{where}: {error}") from None
     if not found:

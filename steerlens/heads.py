@@ -6,7 +6,7 @@ import json
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,11 @@ class Heads:
     Attributes:
         table: `None` for every head of every layer, else `(layer, heads)` pairs in layer order, where `heads` is a
             sorted tuple of query-head indices or `None` for every head of that layer; layer `-1` is every layer.
+        made_for: name, layers and most query heads of the model whose scores they were chosen by, where a file says so.
     """
 
     table: tuple[tuple[int, tuple[int, ...] | None], ...] | None
+    made_for: tuple[str, int, int] | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, spec: object) -> Heads:
@@ -80,6 +82,8 @@ class Heads:
         count = 0
         for part in filter(None, (p.strip() for p in spec.split(";"))):
             layers, colon, heads = part.partition(":")
+            if re.search(r":top\d*$", spec):
+                raise HeadError(f"heads: {spec!r:.80} is no score file; these end in .json, as in 'scores.json:top20'")
             if not colon:
                 raise HeadError(f"heads: {part!r:.80} in {spec!r:.80} has no ':'; allowed: {_GRAMMAR}")
             chosen = [-1] if layers.strip() == "*" else _indices(layers, spec)
@@ -105,6 +109,7 @@ class Heads:
             raise
         except (OSError, ValueError, RecursionError) as error:
             raise HeadError(f"heads: cannot read {path}: {error}") from error
+        model = data.get("model") if isinstance(data, dict) and "scores" in data else None
         data = data.get("scores", data) if isinstance(data, dict) else data
         if not isinstance(data, dict):
             raise HeadError(f"heads: {path} holds a {type(data).__name__}; a JSON object is needed")
@@ -113,15 +118,27 @@ class Heads:
                 raise HeadError(f"heads: {path} holds scores; say how many, for example '{path}:top20'")
             return cls._from_mapping(data)
         ranked = rank(data, str(path))
+        if not top:
+            raise HeadError(f"heads: {path}:top0 names no head; allowed: top1 .. top{len(ranked)}")
         if top > len(ranked):
             raise HeadError(f"heads: {path}:top{top} asks for more heads than the {len(ranked)} it scores")
         table: dict[int, list[int]] = {}
         for layer, head in ranked[:top]:
             table.setdefault(layer, []).append(head)
-        return cls._from_mapping(table)
+        return replace(cls._from_mapping(table), made_for=_made_for(model))
 
     def resolve(self, facts: ModelFacts) -> dict[int, tuple[int, ...]]:
-        """`{layer: query heads}` on a model; raises `HeadError` naming the limit if a layer or head is out of range."""
+        """`{layer: query heads}` on a model.
+
+        Raises:
+            HeadError: naming the limit, if a layer or head is out of range; or the model that the scores are of.
+        """
+        if self.made_for and self.made_for[1:] != (facts.layers, max(facts.heads)):
+            name, layers, most = self.made_for
+            raise HeadError(
+                f"heads: these scores are of {name} with {layers} layers and {most} heads; {facts.name} has "
+                f"{facts.layers} and {max(facts.heads)}: score this model with 'steerlens heads'"
+            )
         table = self.table if self.table is not None else ((-1, None),)
         resolved: dict[int, set[int]] = {}
         for layer, heads in table:
@@ -163,6 +180,15 @@ class Heads:
     def empty(self) -> bool:
         """Whether no head is named."""
         return self.table is not None and not any(heads is None or heads for _, heads in self.table)
+
+
+def _made_for(model: Any) -> tuple[str, int, int] | None:
+    if not isinstance(model, Mapping):
+        return None
+    layers, heads = model.get("layers"), model.get("heads")
+    if not isinstance(layers, int) or not isinstance(heads, int):
+        return None
+    return f"{model.get('id', 'another model')!s:.200}", layers, heads
 
 
 def rank(scores: Mapping[str, object], source: str = "scores") -> list[tuple[int, int]]:

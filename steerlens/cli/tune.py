@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +30,8 @@ def tune(
         typer.Option(
             "--output",
             metavar="R.yaml",
-            help="The recipe; beside it R.report.json, R.heads.json and .png, and R.tune.jsonl to resume from.",
+            help="The recipe; beside it R.report.json, with --per head R.heads.json and .png for --heads, and "
+            "R.tune.jsonl to resume from.",
         ),
     ],
     model: Annotated[str, typer.Option("--model", metavar="M", help="Alias, Hub id or local path.")] = "tiny",
@@ -38,7 +41,10 @@ def tune(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="F.jsonl", help="Your prompts: 'prompt' or 'messages', 'answer', 'emphasize', 'groups'."
+            "--data",
+            metavar="F.jsonl",
+            help="Your prompts: 'prompt' or 'messages', 'answer'; 'emphasize' or 'groups' "
+            "{name: texts}; 'key' where several belong together and may not be split.",
         ),
     ] = None,
     profile_task: Annotated[
@@ -113,8 +119,6 @@ def tune(
     from steerlens import methods as registry
     from steerlens.heads import Heads
     from steerlens.methods.base import EditMethod
-    from steerlens.tuning.journal import Journal
-    from steerlens.tuning.search import Settings
 
     cls = registry.get(method)
     if not issubclass(cls, EditMethod):
@@ -128,20 +132,18 @@ def tune(
     fixed = dict(options.assignment(text, "--set") for text in settings or [])
     # what is wrong with them is said before a model is loaded
     cls.from_parameters(({"heads": "all"} if "heads" in cls.__dataclass_fields__ else {}) | fixed)
-    sought = Settings(
-        cls,
-        fixed,
-        objective,
-        per,
-        Heads.parse(heads if heads is not None else "all"),
-        budget,
-        controls,
-        seed,
-        sampler,
-    )
+    within = Heads.parse(heads if heads is not None else "all")
+    if sampler == "optuna" and find_spec("optuna") is None:
+        raise UsageError("--sampler optuna needs Optuna: pip install 'steerlens[tune]', or --sampler grid")
     sizes = {"profile": profile, "validation": validation, "test": test}
     splits = _splits(task, data, profile_task or [], sizes, seed, length)
     exact = data is None if exact is None else exact
+
+    # torch loads only now that the call makes sense
+    from steerlens.tuning.journal import Journal
+    from steerlens.tuning.search import Settings
+
+    sought = Settings(cls, fixed, objective, per, within, budget, controls, seed, sampler)
     chosen = options.ModelOptions.of(
         model,
         None,
@@ -182,10 +184,11 @@ def _search(
     chosen: options.ModelOptions, sought: Settings, splits: dict[str, Any], journal: Any, run: dict[str, Any]
 ) -> tuple[Outcome, Any]:
     from steerlens.tuning.scoring import Scorer
-    from steerlens.tuning.search import Search
+    from steerlens.tuning.search import Search, check
 
     model, tokenizer = chosen.load()
     scorer = Scorer(model, tokenizer, end=run["exact"], batch_size=run["batch_size"], backend=run["backend"])
+    check(scorer, sought, splits["all"])
     search = Search(scorer, scorer.facts, sought, splits["profile"], splits["validation"], splits["test"], journal)
     if len(journal):
         show.note(f"going on: {len(journal)} scores are there")
@@ -205,8 +208,9 @@ def _splits(
     from steerlens.examples import read, splits
 
     if data is not None:
-        found = splits(read(data), sizes, seed)
-        return {**found, "profile": {data.name: found["profile"]}}
+        rows = read(data)
+        found = splits(rows, sizes, seed)
+        return {**found, "profile": {data.name: found["profile"]}, "all": rows}
 
     world = importlib.import_module("steerlens.evals.examples")
     first = FIRST_SEED + seed * SEED_STEP
@@ -217,13 +221,14 @@ def _splits(
 
     if not profile_tasks:
         found = draw(str(task), sizes, first)
-        return {**found, "profile": {str(task): found["profile"]}}
+        return {**found, "profile": {str(task): found["profile"]}, "all": []}
     # other seeds than the target's, as tasks may be the same
     rest = draw(str(task), {k: v for k, v in sizes.items() if k != "profile"}, first)
     others = {name: draw(name, {"profile": sizes["profile"]}, first + SEED_STEP // 2) for name in profile_tasks}
     held = {example.key for found in rest.values() for example in found}
     return {
         **rest,
+        "all": [],
         "profile": {name: [e for e in found["profile"] if e.key not in held] for name, found in others.items()},
     }
 
@@ -252,6 +257,8 @@ def _check(output: Path, paths: Sequence[Path], journal: Path, resume: bool) -> 
         raise UsageError(f"--output {output} must end in .yaml: it is a recipe")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output {output}: nothing can be written in {output.parent}; give another folder")
     for path in (output, *paths):
         if path.exists() and not resume:
             raise UsageError(f"--output: {path} exists: go on with that search by --resume, or name another file")
@@ -272,22 +279,24 @@ def _finish(
     from steerlens.cli.jsonl import to_json
     from steerlens.tuning import outcome as outcomes
 
-    found: Recipe = outcomes.recipe(outcome, output.stem, run["model"], run["revision"], facts, run["task"])
     report = outcomes.report(outcome, sought, run)
     described = {"id": run["model"], "layers": facts.layers, "heads": max(facts.heads)}
-    written = [output, paths["report"]]
+    written = [paths["report"]]
     for setting, scores in outcomes.head_scores(outcome, sought, described).items():
         path = _heads_file(paths, setting)
         scores.save(path)
         scores.heat_map(path.with_suffix(".png"))
-        written.append(path)
+        written += [path, path.with_suffix(".png")]
     files.write(paths["report"], to_json(report) + "\n")
-    found.save(output)
+    if outcome.gained:
+        recipe: Recipe = outcomes.recipe(outcome, output.stem, run["model"], run["revision"], facts, run["task"])
+        written.insert(0, recipe.save(output))
     if as_json:
         typer.echo(to_json(report))
     else:
-        show.table(*outcomes.table(outcome))
+        show.table(*outcomes.table(outcome, sought))
         typer.echo("\n".join(outcomes.sentences(outcome, sought)))
-        described_ = " ".join(f"{k}={v}" for k, v in outcome.method.to_dict().items() if k not in ("method", "heads"))
-        typer.echo(f"chosen: {outcome.method.name} {described_} heads={getattr(outcome.method, 'heads', 'all')}")
+        values = " ".join(f"{k}={v}" for k, v in outcome.method.to_dict().items() if k not in ("method", "heads"))
+        best = f"{outcome.method.name} {values} heads={getattr(outcome.method, 'heads', 'all')}"
+        typer.echo(f"chosen: {best}" if outcome.gained else f"no recipe written; the best that was tried: {best}")
     show.note(f"{outcome.forwards} forwards; wrote {', '.join(map(str, written))}")

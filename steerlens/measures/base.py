@@ -145,7 +145,12 @@ class HeadScores:
         figure = Figure(figsize=(2 + 0.28 * min(heads, 64), 1.6 + 0.28 * min(layers, 64)), layout="constrained")
         axes = figure.subplots()
         axes.set_facecolor("lightgrey")
-        image = axes.imshow(cells, aspect="auto", interpolation="nearest")
+        # gains may be losses: white is 0 then
+        most = max(map(abs, self.means().values()))
+        signed: dict[str, Any] = (
+            {"cmap": "RdBu_r", "vmin": -most, "vmax": most} if min(self.means().values()) < 0 else {}
+        )
+        image = axes.imshow(cells, aspect="auto", interpolation="nearest", **signed)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="head", ylabel="layer", title=f"{self.measure}, {self.model['id']}")

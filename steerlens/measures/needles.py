@@ -11,9 +11,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from steerlens.encoding import Chars
 from steerlens.errors import nearest
 from steerlens.examples import Example, ExampleError, objects, read_text
+from steerlens.selectors import Chars
 
 QUESTION = " Question: {question} Answer:"
 BOOK = "\nBased on the content of the book, Question: {question}\nAnswer:"

@@ -16,6 +16,9 @@ from steerlens.recipe import Evidence, Recipe, RecipeModel
 from steerlens.tuning.search import Outcome, Profiled, Settings
 
 NAMES = {"baseline": "unsteered", "default": "default", "random": "random heads", "tuned": "tuned"}
+AGAINST = {"baseline": "the unsteered model", "default": "the method's defaults", "random": "random heads"}
+SCORES = {"accuracy": "accuracy", "logprob": "log-prob", "entropy": "entropy"}
+UNITS = {"head": "heads", "index": "head indices", "layer": "layers"}
 
 
 def recipe(outcome: Outcome, name: str, model: str, revision: str | None, facts: ModelFacts, task: str) -> Recipe:
@@ -117,50 +120,58 @@ def head_scores(outcome: Outcome, settings: Settings, model: Mapping[str, Any]) 
     return found
 
 
-def table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+def table(outcome: Outcome, settings: Settings) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of the test split: scores, and the differences from the unsteered model."""
-    answered = not math.isnan(outcome.sides["baseline"].accuracy)
-    columns = ["", "entropy", "difference [95 %]"]
-    if answered:
-        columns = ["", "accuracy", "difference [95 %]", "log-prob", "entropy"]
+    differ = _judged(outcome, settings)
+    shown = ["accuracy", "entropy"] if "accuracy" in differ else ["entropy"]
+    if differ == ["accuracy"]:
+        shown.insert(1, "logprob")
+    columns = [""]
+    for key in shown:
+        columns += [SCORES[key], *(["difference [95 %]"] if key in differ else [])]
     rows = []
     for side, found in outcome.sides.items():
-        shown = {key: interval(d, 100 if key == "accuracy" else 1) for key, d in found.versus.items()}
         row = [NAMES[side]]
-        if answered:
-            row += [f"{100 * found.accuracy:.1f} %", shown.get("accuracy", "")]
-            row += [f"{found.logprob:.3f}", f"{found.entropy:.3f}"]
-        else:
-            row += [f"{found.entropy:.3f}", shown.get("entropy", "")]
+        for key in shown:
+            value = getattr(found, key)
+            row.append(f"{100 * value:.1f} %" if key == "accuracy" else f"{value:.3f}")
+            if key in differ:
+                row.append(interval(found.versus[key], key) if found.versus else "")
         rows.append(row)
     return columns, rows
 
 
 def sentences(outcome: Outcome, settings: Settings) -> list[str]:
     """The verdicts in words."""
-    key = "entropy" if math.isnan(outcome.sides["baseline"].accuracy) else "accuracy"
-    scale = 100 if key == "accuracy" else 1
     found = []
     for side, contrasts in outcome.contrasts.items():
-        d = contrasts[key]
-        verdict = sign(d)
-        if key == "entropy" and verdict != "within noise":
-            verdict = "lower" if d.mean < 0 else "higher"
-        what = {"baseline": "the unsteered model", "default": "the method's defaults", "random": "random heads"}[side]
-        found.append(f"tuned against {what}: {key} {interval(d, scale, mark=False)}, p = {d.p:.2g}: {verdict}")
+        for key in _judged(outcome, settings):
+            d, verdict = contrasts[key], sign(contrasts[key])
+            if key == "entropy" and verdict != "within noise":
+                verdict = "lower" if d.mean < 0 else "higher"
+            text = f"{key} {interval(d, key, mark=False)}, p = {d.p:.2g}: {verdict}"
+            found.append(f"tuned against {AGAINST[side]}: {text}")
     for setting, counts in effective(outcome.profile).items():
         name = "" if setting in ("default", "fixed") else f"{setting}-"
         found.append(
-            f"{name}effective {settings.per}s: {counts['gain']} of {counts['units']} gain when steered alone, "
+            f"{name}effective {UNITS[settings.per]}: {counts['gain']} of {counts['units']} gain when steered alone, "
             f"{counts['beyond_noise']} of them beyond noise"
         )
     return found + outcome.notes
 
 
-def interval(d: Difference, scale: float = 1, mark: bool = True) -> str:
-    """A difference with its interval, marked where it is within noise."""
-    digits = 1 if scale == 100 else 3
-    text = f"{scale * d.mean:+.{digits}f} [{scale * d.low:+.{digits}f}, {scale * d.high:+.{digits}f}]"
+def _judged(outcome: Outcome, settings: Settings) -> list[str]:
+    """The scores that a difference is shown of: the objective's, and the accuracy where there are answers."""
+    answered = not math.isnan(outcome.sides["baseline"].accuracy)
+    return [*(["entropy"] if settings.objective == "entropy" else []), *(["accuracy"] if answered else [])]
+
+
+def interval(d: Difference, key: str, mark: bool = True) -> str:
+    """A difference with its interval, accuracy in percent, marked where it is within noise."""
+    scale, digits = (100, 1) if key == "accuracy" else (1, 3)
+    # adding 0 makes a rounded -0 a 0
+    mean, low, high = (round(scale * value, digits) + 0.0 for value in (d.mean, d.low, d.high))
+    text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{text} within noise" if mark and d.noise else text
 
 

@@ -8,6 +8,7 @@ only if each of its tokens is the most likely one behind those before it.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,7 @@ class Scorer:
         self.end = [tokenizer.eos_token_id] if end else []
         self.facts, _ = decoder.read(decoder.find(model))
         self.sharing = Sharing(model) if share else None
-        self.limit = getattr(model.config, "max_position_embeddings", None)
+        self.limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
         self._rows: dict[int, tuple[Example, Row]] = {}
 
@@ -99,7 +100,7 @@ class Scorer:
         """The tokens of an example.
 
         Raises:
-            SpanError, ExampleError: if a span is missing or the example is too long for the model.
+            ExampleError: if a span is missing or the example is too long for the model.
         """
         known = self._rows.get(id(example))
         if known is None:
@@ -109,9 +110,12 @@ class Scorer:
 
     def _encode(self, example: Example) -> Row:
         prompt: Any = example.prompt if isinstance(example.prompt, str) else list(example.prompt)
-        inputs, spans = steerlens.encode(
-            self.tokenizer, [prompt], groups={name: [list(found)] for name, found in example.groups.items()}
-        )
+        groups = {name: [list(found)] for name, found in example.groups.items()}
+        try:
+            inputs, spans = steerlens.encode(self.tokenizer, [prompt], groups=groups)
+        except SpanError as error:
+            what = re.sub(r"^row 0(, group )?", lambda found: "group " if found[1] else "", str(error))
+            raise ExampleError(f"{example}: {what.partition('; give text')[0]}") from error
         ids = inputs["input_ids"][0].tolist()
         answer: list[int] = []
         if example.answer is not None:
@@ -125,11 +129,10 @@ class Scorer:
             answer = answer + self.end
         if self.limit is not None and len(ids) + len(answer) > self.limit:
             raise ExampleError(
-                f"an example has {len(ids) + len(answer)} tokens with its answer, the model has room for {self.limit}: "
-                f"{str(example.prompt)[:60]!r}…; leave it out"
+                f"{example}: {len(ids) + len(answer)} tokens with its answer, the model has room for {self.limit}; "
+                "leave it out"
             )
-        groups = {name: rows[0] for name, rows in spans.groups.items()}
-        return Row([*ids, *answer], len(ids), groups)
+        return Row([*ids, *answer], len(ids), {name: rows[0] for name, rows in spans.groups.items()})
 
     def plan(self, pairs: Sequence[tuple[Candidate, Example]]) -> list[list[int]]:
         """Batches of indices into `pairs`: candidates of one example that share states, the rest by length."""

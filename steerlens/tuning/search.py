@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -106,6 +106,7 @@ class Outcome:
 
     Attributes:
         method: the choice.
+        gained: whether it was better than the unsteered model on the validation split, be it by chance.
         profile: every unit that was profiled, best first per setting and task.
         tried: candidates of the choice with their mean gain and examples on the validation split, best first.
         sides: `baseline`, `default`, `random` (mean over the control sets) and `tuned` on the test split.
@@ -116,6 +117,7 @@ class Outcome:
     """
 
     method: EditMethod
+    gained: bool
     profile: list[Profiled]
     tried: list[tuple[EditMethod, float, int]]
     sides: dict[str, Side]
@@ -157,16 +159,7 @@ class Search:
         self._known: dict[tuple[str, str, int], Score] = {}
         self._random = random.Random(settings.seed)
         self.units = self._units()
-        for example in [e for found in self.splits.values() for e in found]:
-            missing = [group for group in settings.method.needs if not example.groups.get(group)]
-            if missing:
-                raise ExampleError(
-                    f"{settings.method.name} needs spans for {', '.join(missing)}; an example has none: "
-                    f"{str(example.prompt)[:60]!r}…"
-                )
-        answered = all(example.answer is not None for found in self.splits.values() for example in found)
-        if settings.objective != "entropy" and not answered:
-            raise TuneError(f"--objective {settings.objective} needs an 'answer' in every example; entropy needs none")
+        check(scorer, settings, [example for found in self.splits.values() for example in found])
         self.shares = self._shares()
 
     # --- what is searched --------------------------------------------------------------------------------------------
@@ -270,7 +263,7 @@ class Search:
             if difference([0.0] * len(gains), gains, seed=self.settings.seed).noise:
                 self.notes.append("the choice's gain on the validation split is within noise")
         sides, contrasts, controls = self._test(best)
-        return Outcome(best, profile, tried, sides, contrasts, controls, self.forwards, self.notes)
+        return Outcome(best, gain > 0, profile, tried, sides, contrasts, controls, self.forwards, self.notes)
 
     def _profile(self) -> list[Profiled]:
         found: list[Profiled] = []
@@ -343,10 +336,8 @@ class Search:
         return count, away
 
     def _draw(self, sets: Sequence[tuple[str, Unit | None]], budget: int) -> list[tuple[EditMethod, float, int]]:
-        try:
-            import optuna
-        except ImportError:
-            raise TuneError("--sampler optuna needs Optuna: pip install 'steerlens[tune]', or --sampler grid") from None
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         settings, n = self._settings(), min(len(self.splits["validation"]), budget)
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.settings.seed))
@@ -487,6 +478,17 @@ class Search:
             self.forwards += len(batch)
             self.advance(len(batch))
         return [[self._known[key, split, i] for i in range(n)] for key in names]
+
+
+def check(scorer: Scorer, settings: Settings, examples: Iterable[Example]) -> None:
+    """Raise `ExampleError` naming the first example that cannot be searched on."""
+    for example in examples:
+        missing = [f"spans for {group}" for group in settings.method.needs if not example.groups.get(group)]
+        if missing:
+            raise ExampleError(f"{example}: {settings.method.name} needs {', '.join(missing)}, and it has none")
+        if settings.objective != "entropy" and example.answer is None:
+            raise ExampleError(f"{example}: --objective {settings.objective} needs an 'answer'; entropy needs none")
+        scorer.row(example)
 
 
 def _table(heads: Sequence[Head]) -> dict[int, list[int]]:
