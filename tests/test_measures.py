@@ -209,6 +209,19 @@ def test_no_accepted_trial_is_an_error(tiny):
         retrieval.measure(*tiny, [*examples[:1], Example("What?", "x")])
 
 
+def test_half_of_the_words_are_not_enough(tiny, monkeypatch):
+    examples = world.generate("lookup", 2)
+    monkeypatch.setattr(retrieval, "recall", lambda reference, response: 0.5)
+    with pytest.raises(MeasureError, match=r"none of 2 trials was accepted"):
+        retrieval.measure(*tiny, examples, max_new_tokens=2)
+
+
+def test_the_row_of_the_newline_is_the_last():
+    tokenizer = SimpleNamespace(decode=lambda ids: {1: "a", 2: ".\n"}[ids[0]])
+    assert retrieval._line([1, 1, 2, 1, 2], tokenizer) == [1, 1, 2]
+    assert retrieval._line([1, 1], tokenizer) == [1, 1] and retrieval._line([], tokenizer) == []
+
+
 def test_batches_change_no_score(tiny):
     """Padding, rows that stop early and their company leave a row's scores alone."""
     examples = [e for n in (40, 64, 96) for e in world.generate("lookup", 2, length=n, first_seed=900)]

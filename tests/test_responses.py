@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import steerlens
 from steerlens import models
@@ -110,6 +110,33 @@ def test_masses_are_those_of_the_weights(family, model_of, batch):
                 assert (mass - a[layer][row, :, rows, inside].sum(-1)).abs().max() < 1e-5
 
 
+def test_masses_of_layers_that_leave_out_rows(batch):
+    """gemma4's layers that share keys compute the rows alone whose logits are kept."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_dim=8,
+        vocab_size=97,
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        num_key_value_heads=2,
+        global_head_dim=8,
+        layer_types=kinds,
+        num_kv_shared_layers=2,
+        max_position_embeddings=64,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    expected, record = weights_of(model, batch), batch.mass(model, batch.groups)
+    gold = record.groups.index("gold")
+    for layer in range(4):
+        mass = record[layer].mass[0, :, -4:, gold]
+        assert (mass - expected[layer][0, :, -4:, 3:6].sum(-1)).abs().max() < 1e-5
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return models.load("tiny", "cpu")
@@ -158,6 +185,15 @@ class TestTiny:
         assert len(found) == 2 and tokenizer.decode(found).strip() == "9032"
         chat = Example(({"role": "user", "content": "What is the code of the harbor office?"},), "9032")
         assert tokenizer.decode(answer_ids(tokenizer, chat, [])).strip() == "9032"
+
+    @pytest.mark.parametrize("end", [":", ": ", ":\n", ": ("])
+    def test_an_answer_stands_right_behind_its_prompt(self, tiny, end):
+        """With one space between them unless there is white space, however that is tokenised with either."""
+        _, tokenizer = tiny
+        example = Example(f"Question: What is the code of the harbor office? Answer{end}", "9032")
+        prompt = steerlens.encode(tokenizer, example.prompt)[0]["input_ids"][0].tolist()
+        whole = tokenizer.decode(prompt + answer_ids(tokenizer, example, prompt), skip_special_tokens=True)
+        assert whole == f"{example.prompt}{'' if end[-1].isspace() else ' '}9032"
 
     def test_sra_summary(self, tiny):
         found = sra.measure(*tiny, examples_of("conflict"), teacher_forced=True)
