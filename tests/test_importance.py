@@ -107,8 +107,8 @@ def test_a_layer_that_attends_twice(batch, monkeypatch):
         assert (found[layer] - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_nothing_is_left_on_the_model(model_of, batch):
-    model = model_of("llama-gqa")
+def test_nothing_is_left_on_the_model(batch):
+    model = build("llama-gqa")
     model.train()
     model.lm_head.weight.requires_grad_(False)
     importance.products(model, batch)
