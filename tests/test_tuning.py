@@ -117,6 +117,17 @@ class TestScores:
         assert "candidates cannot share layers" in caplog.text
         assert "forward" not in vars(model.model.layers[0])
 
+    def test_nothing_is_left_of_the_example_before(self, model_of, words):
+        """Two prompts whose candidates begin at the same row, and candidates that begin at different ones."""
+        model, span = model_of("llama-gqa"), {"emphasis": (Tokens(12, 15),)}
+        rows = [Example(" ".join(f"w{i * k % 94}" for i in range(25)), "w3", groups=span) for k in (7, 11)]
+        methods = [HeadMask({2: [0]}, phase="decode"), *CANDIDATES["pasta"][3:], ZeroTuning(5.0, heads={1: [2]})]
+        shared, alone = Scorer(model, words), Scorer(model, words, share=False)
+        for row in rows:
+            pairs = [(m, row) for m in methods]
+            assert apart(shared.score(pairs), alone.score(pairs)) < 1e-4
+            assert apart(shared.score(pairs[:-1]), alone.score(pairs[:-1])) < 1e-4
+
     def test_layers_that_cannot_do_without_the_ones_below(self, words):
         """As those that attend to keys of an earlier layer: nothing is shared, and nothing fails."""
         model, (row,) = build("llama-gqa"), examples(1)
@@ -191,6 +202,9 @@ class TestScores:
         model, spans = model_of("llama-gqa"), Spans.of([[(6, 9)]])
         begins = lambda method: Sharing(model).begins(method, spans, 20)  # noqa: E731
         assert begins(PASTA(0.1, heads={2: [1]})) == (2, 6)
+        assert begins(PASTA(0.1, heads={2: [1], 1: [0]})) == (1, 6)
+        published = PASTA(0.1, sections="published", heads={2: [1]})
+        assert Sharing(model).begins(published, Spans.of([[(11, 13), (6, 9)]]), 20) == (2, 6)
         assert begins(ZeroTuning(2.0, heads={1: [1]})) == (1, 1)
         assert begins(HeadMask({1: [1]}, phase="decode")) == (1, 19)
         assert begins(HeadMask({1: [1]})) == (1, 0)
@@ -289,6 +303,13 @@ class TestJournal:
         again.add([((self.KEY[0], "test", 5), self.SCORE)])
         again.close()
         assert len(Journal(path, {"seed": 1}, resume=True)) == 3
+        more = Journal(path, {"seed": 1}, resume=True)
+        key = name({"method": "act", "heads": "all"}), "test", 0
+        more.add([(key, Score(0.0, -9.0, 1.0))])
+        more.close()
+        last = Journal(path, {"seed": 1}, resume=True)
+        assert last.get(key) == Score(0.0, -9.0, 1.0) and last.get((name(None), "test", 0)) == Score(0.0, -1.0, 2.0)
+        assert math.isnan(last.get(self.KEY).entropy)
 
     def test_a_line_that_was_cut_off_is_dropped(self, tmp_path):
         path = tmp_path / "j.jsonl"
@@ -309,6 +330,8 @@ class TestJournal:
         journal.close()
         with pytest.raises(JournalError, match="exists: go on with that search by --resume"):
             Journal(path, {"seed": 1, "budget": 5}, resume=False)
+        with pytest.raises(JournalError, match="budget was 5, is None"):
+            Journal(path, {"seed": 1}, resume=True)
         with pytest.raises(JournalError, match="budget was 5, is 6"):
             Journal(path, {"seed": 1, "budget": 6}, resume=True)
         path.write_bytes(path.read_bytes() + b"[]\n")
