@@ -116,7 +116,8 @@ def measure(model: Any, tokenizer: Any, name: str, examples: Sequence[Example], 
         f"candidates, {N}": (lambda: batched(alone), len(candidates)),
         f"shared, {N}": (lambda: batched(shared), len(candidates)),
     }
-    batched(shared)
+    for run, _ in ways.values():
+        run()
     found = {way: seconds(run, repeats) / heads / len(examples) for way, (run, heads) in ways.items()}
     return {
         "heads": len(candidates),

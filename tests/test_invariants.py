@@ -1,5 +1,6 @@
 """DESIGN §5, on tiny random models: native × backend × padding × prefill/decode × MHA/GQA/MQA × method."""
 
+import contextlib
 import copy
 import dataclasses
 from typing import ClassVar
@@ -13,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 import steerlens
 from steerlens import backends, decoder, masks
 from steerlens.backends import reference, sdpa
-from steerlens.backends.call import Call
+from steerlens.backends.call import Bias, Call, Cut, KeepMass
 from steerlens.edits import FirstToken, PromptKeys, Reweight, Scale
 from steerlens.errors import UnsupportedError
 from steerlens.facts import ModelFacts
@@ -562,6 +563,29 @@ def test_rows_that_share_keys_or_methods(rows, backend, model_of, prompts):
         alone = torch.stack(generate(model, [method] if method else [], SPANS["left"], ids, mask).logits)
         assert apart(together[:, row], alone[:, row]) < 1e-4
         assert (apart(alone[:, row], plain[:, row]) > 1e-3) == (method is not None)
+
+
+@pytest.mark.parametrize(
+    ("methods", "kinds"),
+    [
+        ([ACT(0.5, 0.08), ACT(0.5, 0.08)], [KeepMass, KeepMass]),
+        ([ZeroTuning(9.0), ACT(0.2, 0.08), ZeroTuning(9.0)], [Bias, KeepMass, Bias]),
+        ([HeadMask({0: "*"}), HeadMask({0: [1]}, mode="zero"), HeadMask({0: [1, 2]})], [Cut, Cut, Cut]),
+    ],
+    ids=["a law twice", "a bias on both sides of a law", "ablations"],
+)
+def test_alike_edits_of_one_row_keep_their_order(methods, kinds, model_of, prompts, monkeypatch):
+    model, seen = model_of("llama-gqa"), []
+    ids, _ = prompts(None, lengths=(20,))
+    attention = backends.attention
+    monkeypatch.setattr(backends, "attention", lambda name, call: (seen.append(call.edits), attention(name, call))[1])
+    together = logits(model, ids, None, [PerRow([method]) for method in methods])
+    assert [type(edit) for edit in seen[0]] == kinds
+    with contextlib.ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(steerlens.steer(model, method))
+        with torch.no_grad():
+            assert apart(together, model(ids).logits) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -437,7 +437,7 @@ class TestSearch:
             made.splits[split] = [Example(e.prompt, None, (), e.groups) for e in made.splits[split]]
         outcome = made.run()
         assert outcome.contrasts["baseline"]["entropy"].high < 0 and math.isnan(outcome.sides["tuned"].accuracy)
-        with pytest.raises(TuneError, match="needs an 'answer'; entropy needs none"):
+        with pytest.raises(ExampleError, match="needs an 'answer'; entropy needs none"):
             rows = [Example("a")]
             Search(made.scorer, made.facts, Settings(ZeroTuning), {"t": rows}, rows, rows, made.journal)
 
