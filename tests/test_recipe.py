@@ -16,7 +16,7 @@ import steerlens
 from steerlens import facts, plainyaml
 from steerlens.errors import HeadError, RecipeError
 from steerlens.facts import ModelFacts
-from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
+from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning, from_dict
 from steerlens.recipe import HUB_FILE, Evidence, Recipe, RecipeFetchError, load_recipe, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +76,19 @@ def test_save_and_load_round_trip(tmp_path):
 def test_odd_names_survive_saving(tmp_path, name):
     recipe = Recipe(name=name, model={"id": "tiny"}, methods=[ACT(beta=1e-5), ZeroTuning(gamma=2)], task="*")
     assert load_recipe(recipe.save(tmp_path / "r.yaml")) == recipe
+
+
+@pytest.mark.parametrize("method", ["act", "pasta", "zerotuning"])
+def test_evidence_of_the_tuned_recipes_is_that_of_their_reports(method):
+    recipe = load_recipe(f"{method}-tiny")
+    report = json.loads((ROOT / "evals" / "records" / "tune" / f"{method}-tiny.report.json").read_text())
+    against = report["tuned_versus"]["baseline"]["accuracy"]
+    assert from_dict(report["method"]) == recipe.methods[0] and report["run"]["task"] == recipe.task
+    found = recipe.evidence
+    assert (found.metric, found.n, found.date.isoformat()) == ("accuracy", against["n"], report["date"])
+    assert [found.baseline, found.steered, *found.interval] == pytest.approx(
+        [report["test"]["baseline"]["accuracy"], report["test"]["tuned"]["accuracy"], *against["interval"]], abs=1e-4
+    )
 
 
 def test_published_evidence_is_text(tmp_path):
