@@ -666,7 +666,7 @@ def test_list_names_everything(call):
     recipes = {r["name"]: r for r in json.loads(call("list", "recipes", "--json", run=False).stdout)}
     assert recipes["pasta-tiny"]["methods"][0]["method"] == "pasta"
     shown = call("list", "recipes", run=False).stdout
-    assert "heads=1:1,2,3\n" in shown and "heads=(86 in 26 layers)\n" in shown
+    assert "heads=0:0,4;1:0,3,5,7\n" in shown and "heads=(86 in 26 layers)\n" in shown
     assert len(recipes["pasta-llama-7b-86heads"]["methods"][0]["heads"]) == 26
     assert call("list", "tasks", run=False).exit_code == 0
     assert call("list", "method", run=False).exit_code == 2

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -127,7 +128,7 @@ def test_what_the_hub_holds_is_checked_like_a_file(hub, run, tmp_path):
     (tmp_path / "own.json").write_text('{"1": [2]}')
     for text, message in (
         (good.replace("alpha", "alhpa"), "me/bad/steerlens.yaml:5: methods[0]: pasta has no parameter 'alhpa'"),
-        (good.replace("heads:\n    1: [1, 2, 3]", "heads: own.json"), "'own.json' is a file on this machine"),
+        (re.sub(r"heads:\n( {4}\d.*\n)+", "heads: own.json\n", good), "'own.json' is a file on this machine"),
         (good + "x: !!python/object/apply:os.system [exit]\n", "the tag "),
     ):
         handler.files["me/bad/steerlens.yaml"] = text.encode()
