@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from steerlens import __version__
+from steerlens import __version__, files
 from steerlens.captured import STATS, Captured, LayerRecord
 from steerlens.errors import SteeringStateError, UnsupportedError, nearest
 from steerlens.massive import Massive
@@ -53,6 +53,7 @@ def save(record: Captured, model: str, file: str | os.PathLike[str]) -> Path:
         "versions": {"steerlens": __version__} | {name: version(name) for name in ("torch", "transformers")},
     }
     path = Path(file)
+    files.check(path)
     # beside the file, so that putting it in its place is one step
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / "record"

@@ -7,8 +7,21 @@ import tempfile
 from pathlib import Path
 
 
+def check(path: Path) -> None:
+    """Raise `FileNotFoundError` or `IsADirectoryError`, naming the file, if it has no folder or is one."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+
+
 def write(path: Path, content: str | bytes) -> None:
-    """Put `content` into the file; a reader sees the old file or the new one, never a part."""
+    """Put `content` into the file; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: as `check`.
+    """
+    check(path)
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

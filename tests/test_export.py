@@ -222,3 +222,14 @@ def test_numbers_are_numpy_of_32_bits(record):
         np.dtype("int32"),
         np.dtype("float32"),
     }
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path, model_of, prompts):
+    model, (ids, _) = model_of("llama-gqa"), prompts()
+    with torch.no_grad(), steerlens.capture(model, stats="entropy") as record:
+        model(ids)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        record.save(tmp_path / "none" / "record.safetensors")
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
+        record.save(tmp_path)
+    assert not list(tmp_path.iterdir())

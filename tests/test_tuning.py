@@ -33,10 +33,12 @@ from steerlens.errors import SpanError
 from steerlens.examples import Example, ExampleError, splits
 from steerlens.heads import Heads
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
+from steerlens.paired import Difference
 from steerlens.recipe import load_recipe
 from steerlens.spans import Spans
 from steerlens.tuning import halving
 from steerlens.tuning.journal import Journal, JournalError, name
+from steerlens.tuning.outcome import interval
 from steerlens.tuning.scoring import Score, ScoreError, Scorer, batches
 from steerlens.tuning.search import Search, Settings, TuneError
 from steerlens.tuning.sharing import Sharing
@@ -536,6 +538,18 @@ class TestSearch:
             search(tiny, Journal(tmp_path / "j", {}, False), budget=300)
         enough = int(str(error.value).partition("at least ")[2].split(",")[0])
         search(tiny, Journal(tmp_path / "k", {}, False), budget=enough).run()
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "text"),
+    [
+        ("accuracy", (-0.0001, -0.096, 0.0918), "+0.0 [-9.6, +9.2] within noise"),
+        ("entropy", (-0.0002, -0.0006, -0.00003), "-0.0002 [-0.0006, -3e-05]"),
+    ],
+)
+def test_a_difference_in_words(key, values, text):
+    found = Difference(*values, p=0.5 if "noise" in text else 0.01, n=50)
+    assert interval(found, key) == text and interval(found, key, mark=False) == text.removesuffix(" within noise")
 
 
 class TestCommand:

@@ -72,7 +72,9 @@ class Run:
                 f"--output {self.output}: nothing can be written in {self.output.parent}; give another folder"
             )
         for path in (self.output, self.output.with_suffix(".png")):
-            if path.is_dir() or (path.exists() and not self.force):
+            if path.is_dir():
+                raise UsageError(f"--output: {path} is a folder; give the name of a file")
+            if path.exists() and not self.force:
                 raise UsageError(f"--output: {path} exists; give another name, or --force to write over it")
 
     def load(self) -> tuple[Any, Any]:

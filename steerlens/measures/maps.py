@@ -120,6 +120,10 @@ def measure(
     first = projections.facts.attention_layers[0]
     projections.value(first, 0), projections.output(first, 0)  # what cannot be read says so before the embeddings do
     unembedding = _unembedding(model, projections)
+    if not 1 <= k < unembedding.shape[1]:
+        raise MethodError(
+            f"maps: k={k}; allowed: 1 to {unembedding.shape[1] - 1}, fewer than the vocabulary has tokens"
+        )
     flat = [pair for found in pairs.values() for pair in found]
     sources = torch.tensor([source for source, _ in flat], device=unembedding.device)
     targets = torch.tensor([target for _, target in flat], device=unembedding.device)

@@ -79,8 +79,9 @@ def measure(
     total, about = ids.shape[1], describe(model)
     limit = context(model)
     if length < 2 or (limit is not None and total > limit):
+        most, room = ("", "") if limit is None else (f" to {(limit - total + 2 * length) // 2}", f" of {limit}")
         raise ExampleError(
-            f"{kind} on {length} tokens, twice ({total}): the model has room for {limit}; allowed: 2 or more"
+            f"{kind} on {length} tokens, twice ({total}), in the model's room{room}: allowed are 2{most} tokens (--length)"
         )
     # Whole maps of a few layers at a time.
     layer_bytes = 4 * about["heads"] * total**2

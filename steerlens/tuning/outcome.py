@@ -168,10 +168,13 @@ def _judged(outcome: Outcome, settings: Settings) -> list[str]:
 
 def interval(d: Difference, key: str, mark: bool = True) -> str:
     """A difference with its interval, accuracy in percent, marked where it is within noise."""
-    scale, digits = (100, 1) if key == "accuracy" else (1, 3)
-    # adding 0 makes a rounded -0 a 0
-    mean, low, high = (round(scale * value, digits) + 0.0 for value in (d.mean, d.low, d.high))
-    text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    values = (d.mean, d.low, d.high)
+    if key == "accuracy":
+        # adding 0 makes a rounded -0 a 0
+        mean, low, high = (f"{round(100 * value, 1) + 0.0:+.1f}" for value in values)
+    else:
+        mean, low, high = (f"{value:+.2g}" for value in values)
+    text = f"{mean} [{low}, {high}]"
     return f"{text} within noise" if mark and d.noise else text
 
 
