@@ -81,7 +81,8 @@ def measure(
     if length < 2 or (limit is not None and total > limit):
         most, room = ("", "") if limit is None else (f" to {(limit - total + 2 * length) // 2}", f" of {limit}")
         raise ExampleError(
-            f"{kind} on {length} tokens, twice ({total}), in the model's room{room}: allowed are 2{most} tokens (--length)"
+            f"{kind} on {length} tokens, twice ({total}), in the model's room{room}: allowed are 2{most} tokens "
+            "(--length)"
         )
     # Whole maps of a few layers at a time.
     layer_bytes = 4 * about["heads"] * total**2
