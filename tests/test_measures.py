@@ -583,7 +583,7 @@ def test_a_stopped_run_says_so(tmp_path):
     time.sleep(1)
     running.send_signal(signal.SIGINT)
     assert running.wait(60) == 130
-    assert (running.stdout.read(), running.stderr.read()) == ("", "steerlens: stopped; nothing was written\n")
+    assert (running.stdout.read(), running.stderr.read()) == ("", "steerlens: stopped; no scores were written\n")
 
 
 def caught(pid):

@@ -39,7 +39,7 @@ from steerlens.spans import Spans
 from steerlens.tuning import halving
 from steerlens.tuning.journal import Journal, JournalError, name
 from steerlens.tuning.outcome import interval
-from steerlens.tuning.scoring import Score, ScoreError, Scorer, batches
+from steerlens.tuning.scoring import Score, ScoreError, Scorer
 from steerlens.tuning.search import Search, Settings, TuneError
 from steerlens.tuning.sharing import Sharing
 
@@ -79,6 +79,14 @@ CANDIDATES = {
     "act": [ACT(0.0, 0.05, heads={layer: [h]}) for layer in range(3) for h in (0, 3, 6)],
     "headmask": [HeadMask({layer: [h]}, phase="decode") for layer in range(3) for h in (0, 3, 6)],
 }
+
+
+def batches(scorer: Scorer, pairs) -> list[Score]:
+    """Scores of any number of pairs, in their order."""
+    found = {}
+    for batch in scorer.plan(pairs):
+        found |= zip(batch, scorer.score([pairs[i] for i in batch]), strict=True)
+    return [found[i] for i in range(len(pairs))]
 
 
 def apart(one: list[Score], other: list[Score]) -> float:

@@ -112,8 +112,9 @@ class Run:
         # a path of the installation says less than the alias
         found = dataclasses.replace(found, model={**found.model, "id": self.model}, settings=settings)
         if self.output is not None:
-            found.save(self.output)
+            # first what takes long: a signal meanwhile leaves no scores without a heat map
             found.heat_map(self.output.with_suffix(".png"))
+            found.save(self.output)
         if self.as_json:
             typer.echo(json.dumps(found.to_dict(), allow_nan=False))
         else:
@@ -199,11 +200,10 @@ def command(**defaults: Any) -> Callable[[Callable[..., HeadScores]], Callable[.
             )
             run.check()
             try:
-                found = function(run, **given)
+                run.finish(function(run, **given))
             except guard.Stopped:
-                show.note("stopped; nothing was written")
+                show.note("stopped; no scores were written")
                 raise
-            run.finish(found)
 
         guarded = guard.guarded(call)
         guarded.__doc__ = function.__doc__

@@ -26,11 +26,6 @@ def ratio(context: torch.Tensor, keys: torch.Tensor, new: torch.Tensor, new_keys
     return torch.where((keys > 0) & (new_keys > 0), found, torch.nan)
 
 
-def ratio_of_lse(context: torch.Tensor, keys: torch.Tensor, new: torch.Tensor, new_keys: torch.Tensor) -> torch.Tensor:
-    """The same from log-sum-exps of the logits over both sets of keys: the softmax's normaliser cancels."""
-    return torch.sigmoid((context - keys.log()) - (new - new_keys.log()))
-
-
 def ratios(model: Any, batch: Forced, exclude: bool = False) -> dict[int, list[torch.Tensor]]:
     """Lookback ratios per layer and batch row, fp32 [H, R], for the R rows that produce the response.
 

@@ -7,9 +7,8 @@ only if each of its tokens is the most likely one behind those before it.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +22,6 @@ from steerlens.examples import Example, ExampleError
 from steerlens.methods.base import EditMethod, PerRow
 from steerlens.spans import Range, Spans
 from steerlens.tuning.sharing import Sharing
-
-logger = logging.getLogger("steerlens")
 
 Candidate = EditMethod | None
 FEWEST = 3
@@ -258,17 +255,3 @@ def _spans(rows: Sequence[Row], pads: Sequence[int]) -> Spans:
             for name in names
         }
     )
-
-
-def batches(
-    scorer: Scorer,
-    pairs: Sequence[tuple[Candidate, Example]],
-    advance: Callable[[int], None] = lambda rows: None,
-) -> list[Score]:
-    """Scores of any number of pairs, in their order."""
-    found: list[Score | None] = [None] * len(pairs)
-    for batch in scorer.plan(pairs):
-        for index, score in zip(batch, scorer.score([pairs[i] for i in batch]), strict=True):
-            found[index] = score
-        advance(len(batch))
-    return [score for score in found if score is not None]
