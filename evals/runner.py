@@ -94,7 +94,8 @@ class Runner:
         """What the model gives for each document under each steering.
 
         A document that cannot be run, alone or for lack of memory, has an error instead of an output. Texts are decoded
-        greedily by the model's own generation config.
+        greedily by the model's own generation config, and end with a stop string, or the EOS of tokenizer or config. Of
+        a choice that a decoding method scores itself, only tokens above one half are known to be greedy.
 
         Args:
             task: what to do with the documents (`output`, `max_new_tokens`, `stop`, `chat`).
@@ -280,6 +281,8 @@ class _Job:
     def _count(self, tokens: list[int]) -> int:
         """How many tokens there are up to the first end or stop, that one included."""
         count = next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
+        if not self.stops:
+            return count
         stopped = bisect.bisect_left(range(count), True, key=lambda n: self._stops(tokens[: n + 1])) + 1
         return min(count, stopped)
 

@@ -1,5 +1,7 @@
 """Batches of documents under several steerings: what the model gives, what is shared, and what goes wrong alone."""
 
+import copy
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -207,9 +209,34 @@ class TestTexts:
                 messages += [{"role": "assistant", "content": text}, {"role": "user", "content": turn}]
             assert output.logprob == pytest.approx(total, abs=1e-4)
 
+    def test_a_stop_that_is_a_special_token(self, words, model_of):
+        """It is left out of the text, and ends it all the same."""
+        (whole,) = outputs(Runner(model_of("llama-gqa"), words).run(Task(), word_docs((30,)), [BASELINE])["baseline"])
+        special, stop = copy.deepcopy(words), whole.text.split()[2]
+        special.add_special_tokens({"extra_special_tokens": [stop]})
+        runner = Runner(model_of("llama-gqa"), special)
+        (cut,) = outputs(runner.run(Task(stop=(stop,)), word_docs((30,)), [BASELINE])["baseline"])
+        assert cut.text.split() == whole.text.split()[:2] and cut.lengths == (3,)
+
     def test_a_decoding_method_generates(self, words, model_of):
-        found = Runner(model_of("llama-gqa"), words).run(Task(), word_docs(), [BASELINE, Steering("d", (Plain(),))])
+        """In one batch, or row by row, where which step was whose is not known."""
+
+        class Rows(Plain):
+            name = "rows"
+
+            def generate(self, model, inputs, spans, **kwargs):
+                rows = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(inputs["input_ids"]))]
+                found = [model.generate(**row, **kwargs).sequences[0] for row in rows]
+                return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+        runner, docs = Runner(model_of("llama-gqa"), words), word_docs()
+        stop = outputs(runner.run(Task(), docs, [BASELINE])["baseline"])[1].text.split()[3]
+        steerings = [BASELINE, Steering("d", (Plain(),)), Steering("rows", (Rows(),))]
+        found = runner.run(Task(stop=(stop,)), docs, steerings)
         assert_same(found["d"], found["baseline"])
+        assert [o.texts for o in outputs(found["rows"])] == [o.texts for o in outputs(found["baseline"])]
+        assert [o.lengths for o in outputs(found["rows"])] == [o.lengths for o in outputs(found["baseline"])]
+        assert all(math.isnan(o.logprob) for o in outputs(found["rows"])[1:])
 
 
 class TestChoices:
@@ -315,7 +342,7 @@ class TestSharing:
     def test_sharing_changes_nothing(self, family, output, words, model_of):
         """And where a window or a state stands in the way, nothing is shared."""
         model = model_of(family, "eager" if family in NO_SDPA else "sdpa")
-        docs = word_docs((40, 29, 34, 40), choices=("w5", "w6 w7 w8"), target=0)
+        docs = word_docs((40, 19, 34, 40), choices=("w5", "w6 w7 w8"), target=0)
         steerings = [BASELINE, *(Steering(name, methods) for name, methods in self.METHODS.items())]
         shared, alone = Runner(model, words), Runner(model, words, share=False)
         task = Task(output=output, max_new_tokens=5)
@@ -327,12 +354,12 @@ class TestSharing:
         if windows:
             assert shared.saved == 0
             return
-        # prompts of 41, 30, 35 and 41 tokens; in columns, the emphasis begins at 14, 25, 20 and 14; a choice is up to
+        # prompts of 41, 20, 35 and 41 tokens; in columns, the emphasis begins at 14, 35, 20 and 14; a choice is up to
         # three tokens wide, so that the prompts of shorter ones end later
         rows = (
-            [(41, 3), (41, 1), (30, 3), (30, 1), (35, 3), (35, 1), (41, 3), (41, 1)]
+            [(41, 3), (41, 1), (20, 3), (20, 1), (35, 3), (35, 1), (41, 3), (41, 1)]
             if output == "choices"
-            else [(41, 0), (30, 0), (35, 0), (41, 0)]
+            else [(41, 0), (20, 0), (35, 0), (41, 0)]
         )
         width = max(prompt + more for prompt, more in rows)
         pads = [width - prompt - more for prompt, more in rows]
@@ -481,7 +508,7 @@ class TestErrors:
             return generated(self, steering, *more)
 
         monkeypatch.setattr(running._Job, "_generate", generate)
-        found = runner.run(Task(), word_docs(), [BASELINE, Steering("p", (PASTA(0.1),))])
+        found = runner.run(Task(), word_docs((30, 19)), [BASELINE, Steering("p", (PASTA(0.1),))])
         outputs(found["baseline"])
         assert all("out of memory for this document alone" in o.error for o in found["p"])
 
