@@ -1,6 +1,7 @@
 """Batches of documents under several steerings: what the model gives, what is shared, and what goes wrong alone."""
 
 import copy
+import gc
 import math
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from small_models import NO_SDPA, build
 from steerlens.evals import runner as running
+from steerlens.evals import task as tasks
 from steerlens.evals.batch import length
 from steerlens.evals.doc import Doc, Steering
 from steerlens.evals.examples import generate, of
@@ -20,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from steerlens import models
+from steerlens import decoder, models
 from steerlens.encoding import Tokens
 from steerlens.errors import HeadError, UnsupportedError
 from steerlens.examples import Example
@@ -54,6 +56,14 @@ def words():
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture
+def frozen():
+    """What is loaded so far is not looked through whenever memory is freed."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def docs_of(examples, **more) -> list[Doc]:
@@ -131,6 +141,7 @@ class TestTexts:
         }
         assert right["pasta"] > right["baseline"] + 5
 
+    @torch.no_grad()
     def test_logprob_is_that_of_the_text_up_to_its_end(self, tiny):
         """By hand: the text's tokens and EOS behind the prompt, in one forward of the row alone."""
         model, tokenizer = tiny
@@ -171,7 +182,11 @@ class TestTexts:
             together = runner.run(Task(), docs, steerings)
             again = runner.run(Task(), docs, steerings)
             alone = [runner.run(Task(), [doc], steerings) for doc in docs]
+            torch.set_num_threads(2)
+            threaded = runner.run(Task(), docs, steerings)
+            torch.set_num_threads(1)
             for label, outcomes in together.items():
+                assert_same(outcomes, threaded[label])
                 assert_same(outcomes, again[label], 0)
                 assert_same(outcomes, [found[label][0] for found in alone])
 
@@ -240,6 +255,7 @@ class TestTexts:
 
 
 class TestChoices:
+    @torch.no_grad()
     def test_log_likelihoods_by_hand(self, tiny):
         model, tokenizer = tiny
         docs = [
@@ -385,6 +401,22 @@ class TestSharing:
         for i in (0, 2):
             assert_same([found["pasta"][i]], alone.run(Task(), [docs[i]], steerings)["pasta"])
 
+    @pytest.mark.parametrize("name", ["drift", "multiple_choice", "extraction"])
+    def test_tasks(self, name, tiny):
+        """Shipped tasks, of several turns and of choices too: the same scores, from fewer computed tokens."""
+        task = tasks.load(name)
+        docs = task.docs(4, 0)
+        methods = {"hm": HeadMask({2: [1]}, phase="decode"), "pasta": PASTA(0.1, heads={1: [0, 3]})}
+        steerings = [BASELINE, *(Steering(label, (method,)) for label, method in methods.items())]
+        validate(task, steerings, decoder.read(decoder.find(tiny[0]))[0])
+        shared, alone = Runner(*tiny), Runner(*tiny, share=False)
+        found, plain = shared.run(task, docs, steerings), alone.run(task, docs, steerings)
+        for label, outcomes in found.items():
+            assert_same(outcomes, plain[label], 1e-4)
+            scores = [task.score(doc, output) for doc, output in zip(docs, outputs(outcomes), strict=True)]
+            assert all(set(task.metrics) <= set(score) for score in scores)
+        assert shared.saved > 0 == alone.saved
+
     def test_a_model_that_does_not_go_on_from_a_cache(self, words, caplog):
         model = build("llama-gqa")
         model.model.register_forward_pre_hook(
@@ -470,7 +502,7 @@ class TestErrors:
             ValueError("odd rows"),
         ],
     )
-    def test_too_much_for_memory(self, failure, words):
+    def test_too_much_for_memory(self, failure, words, frozen):
         """Batches are halved until they fit; a document that never fits is an error, and no other."""
         model, sizes = build("llama-gqa"), []
         poison = words("w90", add_special_tokens=False)["input_ids"][0]
@@ -498,7 +530,19 @@ class TestErrors:
             rest = [i for i in range(7) if i != 4]
             assert_same([outcomes[i] for i in rest], [expected[label][i] for i in rest])
 
-    def test_one_steering_too_many(self, words, model_of, monkeypatch):
+    @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no error of its own for it")
+    def test_a_device_that_fails(self, words):
+        """It computes nothing more, so it is no document's error."""
+        model = build("llama-gqa")
+
+        def fail(*_):
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+        model.model.register_forward_pre_hook(fail)
+        with pytest.raises(torch.AcceleratorError, match="device-side"):
+            Runner(model, words).run(Task(), word_docs(), [BASELINE])
+
+    def test_one_steering_too_many(self, words, model_of, monkeypatch, frozen):
         """What a steering alone needs too much for takes nothing from the others."""
         runner, generated = Runner(model_of("llama-gqa"), words), running._Job._generate
 
