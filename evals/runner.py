@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,8 @@ from steerlens.tuning.scoring import Row
 
 if TYPE_CHECKING:
     from steerlens.evals.task import Task
+
+logger = logging.getLogger("steerlens")
 
 Found = dict[str, list[Outcome]]
 
@@ -135,6 +138,8 @@ class Runner:
                 raise  # the device computes nothing after it
             said = batches.why(error)
         # behind the handler, whose traceback holds what is to be freed
+        if len(items) > 1:
+            logger.warning("%s: a batch of %d documents failed (%s): trying halves", job.task.name, len(items), said)
         if memory:
             clear_device_cache(garbage_collection=True)
         if len(items) > 1:

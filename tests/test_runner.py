@@ -502,7 +502,7 @@ class TestErrors:
             ValueError("odd rows"),
         ],
     )
-    def test_too_much_for_memory(self, failure, words, frozen):
+    def test_too_much_for_memory(self, failure, words, frozen, caplog):
         """Batches are halved until they fit; a document that never fits is an error, and no other."""
         model, sizes = build("llama-gqa"), []
         poison = words("w90", add_special_tokens=False)["input_ids"][0]
@@ -523,7 +523,7 @@ class TestErrors:
         docs[4] = Doc("words", 0, 4, Example("w90 " + docs[4].example.prompt, groups=docs[4].example.groups))
         model.model.register_forward_pre_hook(limit, with_kwargs=True)
         found = Runner(model, words).run(Task(), docs, steerings)
-        assert max(sizes) == 7 and 3 in sizes
+        assert max(sizes) == 7 and 3 in sizes and "words: a batch of 7 documents failed" in caplog.text
         for label, outcomes in found.items():
             assert "document 4 of seed 0" in outcomes[4].error and str(failure)[:12] in outcomes[4].error
             assert ("out of memory for this document alone" in outcomes[4].error) != isinstance(failure, ValueError)
