@@ -31,7 +31,9 @@ from steerlens.errors import SteerlensError, nearest
 
 BUILT_IN = ("answers", "choices", "forms", "instructions", "summaries", "turns")
 REPEATS = 4
+"""Times in a row from which something said again is a loop."""
 LOOP = 12
+"""Characters below which nothing is a loop."""
 
 
 class MetricError(SteerlensError, ValueError):

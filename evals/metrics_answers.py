@@ -15,6 +15,7 @@ from steerlens.evals.world import tasks as world
 from steerlens.errors import nearest
 
 UNNAMED = 999
+"""Index of a text that begins with no label."""
 
 
 def _ready(name: str) -> Callable[..., None]:
