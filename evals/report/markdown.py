@@ -9,6 +9,8 @@ from steerlens.evals.report import view, words
 
 SHOWN_SAMPLES = 3
 LONGEST = 400
+# an interval such as [+1.5, +2.0] and an underscore inside a word are no markup
+_MARKUP = re.compile(r"(?P<interval>\[[-+.e\d]+, [-+.e\d]+\](?![(\[:]))|(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]|~#$]")
 NOTE = (
     "Steered minus unsteered on the same samples, with its {level} interval; differences of percentages are in points. "
     "p: exact McNemar test for outcomes of 0 and 1, else a paired sign-flip test. Holm: corrected for the number of "
@@ -18,12 +20,12 @@ NOTE = (
 
 def render(report: view.Report) -> str:
     """The text."""
-    return "\n".join(_lines(report)) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(_lines(report))) + "\n"
 
 
 def escape(text: object) -> str:
     """Text that Markdown shows as it is, on one line: also inside a table."""
-    marked = re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", str(text))
+    marked = _MARKUP.sub(lambda found: found["interval"] or "\\" + found[0], str(text))
     marked = marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[ \t]*\n[ \t]*", " ⏎ ", marked.strip("\n"))
 
