@@ -296,10 +296,11 @@ class TestSummary:
 
     def test_long_texts_are_clipped(self, tmp_path):
         scores = [(BASELINE, 0.0), (METHOD, 1.0)]
-        runs = [(s, [row(document("t", 0), s.label, {"hit": score}, "x" * 9000)]) for s, score in scores]
+        runs = [(s, [row(document("t", 0), s.label, {"hit": score}, "x" * 9000 + "\ud83d")]) for s, score in scores]
         folder = write_job(tmp_path, runs)
         (changed,) = summarize(folder, {})["comparisons"][0]["changed"]
         assert len(changed["after"]) <= CLIPPED and "x […] x" in changed["after"]
+        assert changed["after"].endswith("x?")  # half of a character cannot be written
 
     def test_a_steering_whose_every_sample_failed(self, job):
         failed = [row(document("conflict", n), "pasta random 1", {}) for n in range(N)]
