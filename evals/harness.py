@@ -179,8 +179,8 @@ def main() -> int:
         sys.stderr.write(f"steerlens: {error}\n")
         usage = isinstance(error, MethodError | HeadError | SpanError | RecipeError)
         return int(getattr(error, "exit_code", 2 if usage else 1))
-    for error in failed[:10]:
-        sys.stderr.write(f"steerlens: task {error['task']}, doc_id {error['doc_id']}: {error['error']}\n")
+    for one in failed[:10]:
+        sys.stderr.write(f"steerlens: task {one['task']}, doc_id {one['doc_id']}: {one['error']}\n")
     if len(failed) > 10:
         sys.stderr.write(f"steerlens: and {len(failed) - 10} more sample errors\n")
     return SAMPLE_ERRORS if failed else 0
