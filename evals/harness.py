@@ -106,10 +106,10 @@ def run(
     for key in entry:
         if key not in KEYS:
             raise HarnessError(f"lm_eval task: unknown key {key!r}; allowed: {', '.join(KEYS)}{nearest(key, KEYS)}")
-    settings = {key: value for key, value in entry.items() if key != "limit"}
-    settings["metadata"] = {"pretrained": name} | dict(entry.get("metadata") or {})
+    metadata = json.dumps({"pretrained": name} | dict(entry.get("metadata") or {}), sort_keys=True)
+    settings = json.dumps({key: value for key, value in entry.items() if key != "limit"}, sort_keys=True)
     with _quiet():
-        tasks, loaded = harness_tasks.load(json.dumps(settings, sort_keys=True))
+        tasks, loaded = harness_tasks.load(entry["lm_eval"], entry.get("include_path"), metadata, settings)
         lm = SteerlensLM(
             model,
             tokenizer=tokenizer,
