@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from steerlens.errors import UnsupportedError
 
@@ -20,7 +21,9 @@ def find(arguments: Mapping[str, Any]) -> Cache | None:
     Raises:
         UnsupportedError: if it is no transformers `Cache`.
     """
-    cache = next((arguments[name] for name in (NAME, OLD) if arguments.get(name) is not None), None)
+    # an output warns when it is asked for the old name
+    names = (NAME,) if isinstance(arguments, ModelOutput) else (NAME, OLD)
+    cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedError(f"{NAME} is a {type(cache).__name__}; steering needs a transformers Cache")
     return cache
