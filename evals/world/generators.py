@@ -275,44 +275,47 @@ class Choices(Generator):
 
 
 class MemoTrap(Generator):
-    """Statements said twice, the last one to be completed against a memorised fact: MemoTrap's question.
+    """A question about a memorised fact, behind others that are answered as the context has it: MemoTrap's setting.
 
-    The memorised ending and the stated one are the choices.
+    The stated answer and the memorised one are the choices.
 
     Attributes:
-        statements: against memorised facts; all but the asked one are repeated.
+        answered: questions with their answers before the one that is asked; all statements are against memory.
     """
 
     name: ClassVar[str] = "memo_trap"
     choices: ClassVar[bool] = True
+    groups: ClassVar[frozenset[str]] = Generator.groups | {"demos"}
 
-    statements: Annotated[int, Field(ge=1, le=20)] = 8
-    length: Length = 192
+    answered: Annotated[int, Field(ge=1, le=15)] = 3
+    length: Annotated[int, Field(ge=96, le=LONGEST)] = 128
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (need := 24 * (self.answered + 1)) > self.length:
+            raise ValueError(f"{self.answered} answered questions need a length of {need}, not {self.length}")
+        return self
 
     def draw(self, seed: int, cell: Cell) -> Item:
         rng = self._rng(seed, cell)
         found: dict[tuple[str, str], Fact] = {}
-        while len(found) < self.statements:
+        while len(found) <= self.answered:
             fact = false_memory(rng, "eval")
             found.setdefault((fact.relation, fact.subject), fact)
         asked, *others = found.values()
-        opening = asked.statement.removesuffix(f" {asked.value}.")
-        again = " ".join(fact.statement for fact in rng.sample(others, len(others)))
-        room = self.length - 1 - size(f" {again}") - size(f" {opening}")
-        context, spans = arrange(rng, [asked, *others], room)
-        before = " ".join(part for part in (context, again) if part)
-        prompt = f"{before} {opening}"
+        shown = [f"{ask('', fact.question)} {fact.value}" for fact in others]
+        after = " ".join([*shown, ask("", asked.question)])
+        context, spans = arrange(rng, [asked, *others], self.length - 1 - size(f" {after}"))
+        prompt = f"{context} {after}"
+        demos, at = [], len(context) + 1
+        for text in shown:
+            demos.append((at, at + len(text)))
+            at += len(text) + 1
+        groups = {"emphasis": spans[:1], "gold": spans[:1], "context": [(0, len(context))], "demos": demos}
         memorised = MEMORY[asked.relation, asked.subject]
         options = [asked.value, memorised]
         rng.shuffle(options)
-        groups = {
-            "emphasis": spans[:1],
-            "gold": spans[:1],
-            "context": [(0, len(before))],
-            "query": [(len(before) + 1, len(prompt))],
-        }
-        example = Example(prompt, asked.value, (memorised,), _selectors(prompt, groups), prompt)
-        return Item(example, tuple(options), options.index(asked.value))
+        return Item(_example(prompt, asked.value, groups, (memorised,)), tuple(options), options.index(asked.value))
 
 
 class Constraint(Generator):
@@ -329,7 +332,7 @@ class Constraint(Generator):
 
     name: ClassVar[str] = "system_constraint"
     chat: ClassVar[bool] = True
-    groups: ClassVar[frozenset[str]] = frozenset({"emphasis", "gold", "context", "query"})
+    groups: ClassVar[frozenset[str]] = frozenset({"emphasis"})
 
     instruction: Instruction = "json"
     distraction: Instruction | None = "maybe_capitals"
@@ -348,9 +351,7 @@ class Constraint(Generator):
         if self.distraction is not None and len(users) > 1:
             users[1] = f"{INSTRUCTIONS[self.distraction]} {users[1]}"
         messages = (_message("system", INSTRUCTIONS[self.instruction]), _message("user", users[0]))
-        groups = _spoken(facts[0], contexts[0])
-        plain = tuple(fact.value for fact in facts[-1:])
-        example = Example(messages, answers[-1], plain, groups)
+        example = Example(messages, answers[-1], (facts[-1].value,), {"emphasis": (Role("system"),)})
         data = {"form": style, "answers": answers}
         return Item(example, turns=tuple(users[1:]), data=data)
 
@@ -383,8 +384,14 @@ class Drift(Generator):
             if number:
                 messages.append(_message("assistant", facts[number - 1].value))
             messages.append(_message("user", fact.question if number else f"{context} {fact.question}"))
-        answer = formatted(facts[-1], style)
-        example = Example(tuple(messages), answer, (facts[-1].value,), _spoken(facts[-1], context))
+        asked, answer = facts[-1], formatted(facts[-1], style)
+        groups: dict[str, tuple[Selector, ...]] = {
+            "emphasis": (Role("system"),),
+            "gold": (asked.statement,),
+            "context": (context,),
+            "query": (asked.question,),
+        }
+        example = Example(tuple(messages), answer, (asked.value,), groups)
         return Item(example, data={"form": style, "answers": [answer]})
 
 
@@ -399,15 +406,6 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _spoken(fact: Fact, context: str) -> dict[str, tuple[Selector, ...]]:
-    return {
-        "emphasis": (Role("system"),),
-        "gold": (fact.statement,),
-        "context": (context,),
-        "query": (fact.question,),
-    }
-
-
 def _asked(sentences: list[str], at: int, fact: Fact) -> Item:
     """The item whose context is these sentences; the one at place `at` is what is asked for."""
     start = sum(len(text) + 1 for text in sentences[:at])
@@ -416,8 +414,9 @@ def _asked(sentences: list[str], at: int, fact: Fact) -> Item:
 
 
 def _ranges(row: Sample) -> dict[str, list[Range]]:
-    """What `evals.examples` names in a sample, as characters."""
-    return {name: [(c.start, c.stop) for c in found] for name, found in of(row).groups.items()}
+    """What `evals.examples` names in a sample, as characters, but for what every prompt has."""
+    groups = {name: found for name, found in of(row).groups.items() if name != "context"}
+    return {name: [(c.start, c.stop) for c in found] for name, found in groups.items()}
 
 
 def _example(
