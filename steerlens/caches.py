@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from steerlens.errors import UnsupportedError
 
