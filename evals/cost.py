@@ -114,9 +114,7 @@ def estimate(job: Job) -> dict[str, Any]:
         for name in job.loaded:
             cost.tasks.append(_task(job, name, len(per_task[name]), documents, known, _BYTES[dtype], cost.memory))
         found.append(cost)
-    models = [
-        asdict(cost) | {"memory": {**asdict(cost.memory), "total": cost.memory.total}} for cost in found
-    ]
+    models = [asdict(cost) | {"memory": {**asdict(cost.memory), "total": cost.memory.total}} for cost in found]
     tasks = [task for cost in found for task in cost.tasks]
     keys = ("batches", "forwards", "prompt_tokens", "new_tokens", "flops")
     total = {key: sum(getattr(task, key) or 0 for task in tasks) for key in keys}
@@ -163,7 +161,11 @@ def _task(
     if isinstance(task, LmTask):
         declared.append("new tokens: unknown for a task of lm-eval, counted as none")
     cost = TaskCost(name, sum(map(len, draws)), steerings, 0, 0, 0, 0, 0, 0.0, declared)
-    batches = [[docs[i] for i in batch] for docs in draws for batch in cut([d.length for d in docs], job.batch_size, job.batch_tokens)]
+    batches = [
+        [docs[i] for i in batch]
+        for docs in draws
+        for batch in cut([d.length for d in docs], job.batch_size, job.batch_tokens)
+    ]
     for batch in batches:
         _add(cost, batch, new, shape)
         _fit(memory, batch, new, shape, width, steered=steerings > 1)
@@ -178,9 +180,7 @@ def _add(cost: TaskCost, batch: Sequence[_Doc], new: int, shape: Shape) -> None:
     prompt = sum(doc.length * doc.rows * doc.turns for doc in batch)
     answered = sum(doc.turns for doc in batch) * new
     mixed = 4.0 * shape.layers * shape.heads * shape.head_dim
-    attended = sum(
-        doc.rows * doc.turns * (doc.length**2 / 2 + new * doc.length + new**2 / 2) for doc in batch
-    )
+    attended = sum(doc.rows * doc.turns * (doc.length**2 / 2 + new * doc.length + new**2 / 2) for doc in batch)
     cost.forwards = (cost.forwards or 0) + times * turns * max(new, 1)
     cost.prompt_tokens = (cost.prompt_tokens or 0) + times * prompt
     cost.new_tokens = (cost.new_tokens or 0) + times * answered

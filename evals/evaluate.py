@@ -53,12 +53,14 @@ class State:
         missing: of them, those that no worker has finished.
         errors: samples that failed.
         summary: what was found, once nothing is missing.
+        written: whether this call wrote it.
     """
 
     batches: int
     missing: int
     errors: int
-    summary: Mapping[str, Any] | None
+    summary: Mapping[str, Any] | None = None
+    written: bool = False
 
 
 def nothing(_: Any) -> None:
@@ -94,7 +96,13 @@ class Evaluation:
         Raises:
             JobError: if the folder is not this job's, or is at work; nothing is written then.
         """
+        from steerlens.evals import metrics
+
         options, folder = self.options, Folder(self.options.output)
+        folder.check(self.job, options.worker, options.resume)
+        for task in self.job.loaded.values():
+            for name, arguments in () if isinstance(task, LmTask) else task.spec.metrics:
+                metrics.get(name).prepare(arguments)
         with folder.enter(self.job, lambda: make(self.job, self.documents), options.worker, resume=options.resume):
             done = folder.done()
             mine = share(folder.plan.batches, options.worker.index, options.worker.count)
@@ -133,7 +141,6 @@ class Evaluation:
     def _cache(self, entry: ModelEntry, model: Any) -> Cache:
         import torch
         import transformers
-
         from steerlens.evals.cache import Cache, identity
 
         import steerlens
@@ -240,7 +247,7 @@ def merge(job: Job, output: Path) -> State:
         raise FolderError(f"--merge: {output} holds no job; run it first")
     folder.check(job, Worker(), resume=True)
     folder.plan = folder.read_plan()
-    state = finish(job, folder, {})
+    state = finish(job, folder, {}, again=True)
     if state.missing:
         raise FolderError(
             f"--merge: {state.missing} of {state.batches} batches in {output} are not done: run the missing shards, "
@@ -249,20 +256,30 @@ def merge(job: Job, output: Path) -> State:
     return state
 
 
-def finish(job: Job, folder: Folder, describe: Mapping[str, Any]) -> State:
-    """How far the job is; if all of it is done, its results are written first, by one process at a time."""
+def finish(job: Job, folder: Folder, describe: Mapping[str, Any], *, again: bool = False) -> State:
+    """How far the job is; if all of it is done, its results are written first, by one process at a time.
+
+    Args:
+        job: the job.
+        folder: with its plan.
+        describe: further keys of the results' `config`.
+        again: write results that are there once more.
+    """
     done = folder.done()
     batches = folder.plan.batches
     missing = sum(batch.id not in done for batch in batches)
     errors = sum(done[batch.id].errors for batch in batches if batch.id in done)
     if missing:
-        return State(len(batches), missing, errors, None)
+        return State(len(batches), missing, errors)
     with FileLock(folder.work / "results.lock"):
-        summary = folder.path / "summary.json"
-        begun = max(end.path.stat().st_mtime_ns for end in done.values()) if done else 0
-        if summary.exists() and (folder.path / "report.html").exists() and summary.stat().st_mtime_ns > begun:
-            return State(len(batches), 0, errors, json.loads(summary.read_bytes()))
-        return State(len(batches), 0, errors, _write(job, folder, describe))
+        last = folder.path / "report.html"
+        if (
+            not again
+            and last.exists()
+            and last.stat().st_mtime_ns > max(e.path.stat().st_mtime_ns for e in done.values())
+        ):
+            return State(len(batches), 0, errors, json.loads((folder.path / "summary.json").read_bytes()))
+        return State(len(batches), 0, errors, _write(job, folder, describe), written=True)
 
 
 def _write(job: Job, folder: Folder, describe: Mapping[str, Any]) -> dict[str, Any]:

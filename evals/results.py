@@ -47,19 +47,15 @@ class _Samples:
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> list[str]:
+def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> None:
     """Write results and samples of every model and steering; files of an earlier call are replaced by equal ones.
 
     Args:
         folder: with every batch of its plan done.
         job: that it belongs to.
         describe: further keys of the results' `config`, such as the device.
-
-    Returns:
-        The errors of samples, each naming model, steering, task and document.
     """
     done = folder.done()
-    errors: list[str] = []
     for model in job.models:
         batches = [batch for batch in folder.plan.batches if batch.model == model.name]
         for steering in folder.plan.steerings[model.name]:
@@ -71,11 +67,8 @@ def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> list[str]:
                 if not samples.places:
                     continue
                 files.write(target / f"samples_{slug(task)}_{folder.plan.date}.jsonl", _lines(samples))
-                if samples.errors:
-                    errors.append(f"{model.name}, {steering.label}, {task}: {samples.errors} samples have errors")
             results = _results(job, model, steering, found, folder.plan.date, describe)
             files.write(target / f"results_{folder.plan.date}.json", json.dumps(results, indent=2) + "\n")
-    return errors
 
 
 def _gather(folder: Folder, batches: Sequence[Batch], done: Mapping[int, End], label: str) -> dict[str, _Samples]:
@@ -185,13 +178,12 @@ def _task(name: str, task: Any, samples: _Samples) -> dict[str, Any]:
             numbers |= {f"{metric},none": value, f"{metric}_stderr,none": error, f"{metric}_ci95,none": interval}
     numbers |= {"sample_len": samples.count}
     expected = task.expected[0]
-    shots = task.config.get("shots")
     said = {
         "results": numbers,
         "group_subtasks": [],
         "configs": {"task": name, **task.config, "primary": task.metrics[0]},
         "versions": task.version,
-        "n-shot": shots.get("count", 0) if isinstance(shots, Mapping) else 0,
+        "n-shot": task.shots,
         "higher_is_better": dict(task.higher_is_better),
         "n-samples": {"original": expected or samples.count, "effective": samples.count},
         "task_hashes": task.fingerprint,
