@@ -71,7 +71,7 @@ def difference(
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("paired samples: a number is not finite")
     gain = y - x
-    binary = bool(np.isin([x, y], (0, 1)).all())
+    binary = _binary(x, y)
     low, high = _interval(gain, binary, seed, confidence, resamples)
     return Difference(float(gain.mean()), low, high, _p(gain, binary, seed, resamples), len(gain), confidence)
 
@@ -121,3 +121,105 @@ def sign(difference: Difference) -> str:
     if difference.noise or math.isclose(difference.mean, 0):
         return "within noise"
     return "better" if difference.mean > 0 else "worse"
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjust p values for being several, in the given order (Holm 1979).
+
+    To reject those up to 0.05 keeps the chance of any false rejection at 5 %, however the tests hang together.
+
+    Raises:
+        ValueError: for a p that is not between 0 and 1.
+    """
+    p = np.asarray(ps, dtype=float)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p values {list(ps)}: each must be between 0 and 1")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted.tolist()
+
+
+def minimum_detectable(
+    before: Sequence[float], after: Sequence[float], *, alpha: float = 0.05, power: float = 0.8
+) -> float | None:
+    """The least difference that as many samples as these show with probability `power`, by the test of `difference`.
+
+    For outcomes of 0 and 1 from the share of discordant pairs (`detectable_shift`), else from the standard deviation
+    of the differences (`detectable_mean`).
+
+    Returns:
+        A difference above 0 in the unit of the outcomes, or None where there is none: too few samples, or outcomes
+        other than 0 and 1 that show no spread.
+    """
+    x, y = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    gain = y - x
+    if _binary(x, y):
+        return detectable_shift(float((gain != 0).mean()), len(gain), alpha=alpha, power=power)
+    spread = 0.0 if len(gain) < 2 or np.ptp(gain) == 0 else float(gain.std(ddof=1))
+    return detectable_mean(spread, len(gain), alpha=alpha, power=power)
+
+
+def detectable_shift(discordant: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The least difference of two proportions that exact McNemar shows with probability `power`.
+
+    The power is exact and unconditional: summed over how many of `n` pairs are discordant (Connor 1987 has the normal
+    approximation). A shift above `discordant` takes as many discordant pairs as it needs.
+
+    Args:
+        discordant: share of the pairs whose outcomes differ, between 0 and 1.
+        n: pairs.
+        alpha: level of the two-sided test.
+        power: probability to reject, between `alpha` and 0.99.
+
+    Returns:
+        Between 0 and 1, or None where even a shift of 1 would not be seen.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import binom
+
+    pairs = np.arange(n + 1)
+    least = binom.ppf(alpha / 2, pairs, 0.5)
+    least -= binom.cdf(least, pairs, 0.5) > alpha / 2  # at most so many of them on the lesser side reject
+
+    def reached(shift: float) -> float:
+        share = max(discordant, shift)
+        weight = binom.pmf(pairs, n, share)
+        seen = weight > 1e-12
+        m, lesser, tilt = pairs[seen], least[seen], (share + shift) / (2 * share)
+        return float(weight[seen] @ (binom.cdf(lesser, m, 1 - tilt) + binom.cdf(lesser, m, tilt)))
+
+    if reached(1.0) < power:
+        return None
+    return float(brentq(lambda shift: reached(shift) - power, 1e-9, 1.0, xtol=1e-6))
+
+
+def detectable_mean(deviation: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The least mean difference that a paired test shows with probability `power`.
+
+    By the power of the paired t test (noncentral t), which the sign-flip test has as n grows.
+
+    Args:
+        deviation: standard deviation of the differences.
+        n: pairs.
+        alpha: level of the two-sided test.
+        power: probability to reject, between `alpha` and 0.99.
+
+    Returns:
+        In the unit of `deviation`, or None where that is 0 or no sign flip of `n` pairs could reach `alpha`.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    if deviation == 0 or 2.0 ** (1 - n) > alpha:
+        return None
+    critical = t.ppf(1 - alpha / 2, n - 1)
+
+    def reached(noncentrality: float) -> float:
+        return float(nct.sf(critical, n - 1, noncentrality) + nct.cdf(-critical, n - 1, noncentrality))
+
+    return float(brentq(lambda c: reached(c) - power, 1e-9, 3 * critical)) * deviation / math.sqrt(n)
+
+
+def _binary(x: Any, y: Any) -> bool:
+    return bool(np.isin([x, y], (0, 1)).all())

@@ -111,19 +111,12 @@ class Scorer:
         try:
             inputs, spans = steerlens.encode(self.tokenizer, [prompt], groups=groups)
         except SpanError as error:
-            what = re.sub(r"^row 0(, group )?", lambda found: "group " if found[1] else "", str(error))
-            raise ExampleError(f"{example}: {what.partition('; give text')[0]}") from error
+            raise ExampleError(f"{example}: {reason(error)}") from error
         ids = inputs["input_ids"][0].tolist()
         answer: list[int] = []
         if example.answer is not None:
-            apart = isinstance(example.prompt, str) and not example.prompt[-1:].isspace()
-            space = " " if apart else ""
-            answer = self.tokenizer(space + example.answer, add_special_tokens=False)["input_ids"]
-            if isinstance(example.prompt, str):
-                # as one text, where the tokens of the prompt stay what they are
-                whole = self.tokenizer(f"{prompt}{space}{example.answer}")["input_ids"]
-                answer = whole[len(ids) :] if whole[: len(ids)] == ids else answer
-            answer = answer + self.end
+            text = example.prompt if isinstance(example.prompt, str) else None
+            answer = continuation(self.tokenizer, ids, text, example.answer) + self.end
         if self.limit is not None and len(ids) + len(answer) > self.limit:
             raise ExampleError(
                 f"{example}: {len(ids) + len(answer)} tokens with its answer, the model has room for {self.limit}; "
@@ -157,7 +150,7 @@ class Scorer:
             return frozenset()
         row = self.row(example)
         self._check(candidate, row)
-        plan = candidate.plan(self.facts, _spans([row], [0]))
+        plan = candidate.plan(self.facts, row_spans([row], [0]))
         edits = [edit for found in plan.values() for edit in found if isinstance(edit, Reweight)]
         return frozenset((e.keys, e.law, e.phase) for e in edits if not isinstance(e.law, Scale))
 
@@ -168,7 +161,7 @@ class Scorer:
         row = self.row(example)
         self._check(candidate, row)
         self.sharing.try_out(row.ids)
-        return self.sharing.begins(candidate, _spans([row], [0]), row.prompt)
+        return self.sharing.begins(candidate, row_spans([row], [0]), row.prompt)
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Candidate, Example]]) -> list[Score]:
@@ -214,7 +207,7 @@ class Scorer:
             arguments["attention_mask"] = mask
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         lengths = [row.prompt for row in rows]
-        spans = _spans(rows, pads)
+        spans = row_spans(rows, pads)
         with steerlens.steer(self.model, PerRow(candidates), spans, backend=self.backend, prompt_lengths=lengths):
             logits = self.model(**arguments).logits[:, -tail:].float()
         found = []
@@ -244,7 +237,32 @@ def _cut(indices: list[int], size: int) -> list[list[int]]:
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-def _spans(rows: Sequence[Row], pads: Sequence[int]) -> Spans:
+def continuation(tokenizer: Any, ids: list[int], prompt: str | None, text: str) -> list[int]:
+    """The tokens of a text behind a prompt, whose own tokens stay what they are.
+
+    Args:
+        tokenizer: of the model.
+        ids: tokens of the prompt.
+        prompt: the prompt where it is a plain text, which a space parts from what follows; None for a chat.
+        text: what follows.
+    """
+    apart = prompt is not None and not prompt[-1:].isspace() and not text[:1].isspace()
+    follows = f" {text}" if apart else text
+    if prompt is not None:
+        whole = tokenizer(prompt + follows)["input_ids"]
+        if whole[: len(ids)] == ids:
+            return list(whole[len(ids) :])
+    return list(tokenizer(follows, add_special_tokens=False)["input_ids"])
+
+
+def reason(error: SpanError) -> str:
+    """What `steerlens.encode` says of its only prompt, without the row and the advice to callers in Python."""
+    what = re.sub(r"^row 0(?:: |(, group ))", lambda found: "group " if found[1] else "", str(error))
+    return what.partition("; give text")[0]
+
+
+def row_spans(rows: Sequence[Row], pads: Sequence[int]) -> Spans:
+    """The groups of rows, each moved behind its pads."""
     names = dict.fromkeys(name for row in rows for name in row.groups)
     return Spans(
         {

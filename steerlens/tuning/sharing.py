@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from steerlens import caches, decoder
-from steerlens.edits import Ablate, Edit, Reweight, Sinks
+from steerlens.edits import Ablate, Edit, Plan, Reweight, Sinks
 from steerlens.methods.base import EditMethod
 from steerlens.passes import Prompt
 from steerlens.spans import Spans
@@ -33,14 +33,15 @@ class Sharing:
 
     Args:
         model: a decoder model. Where its layers are not one list, or hooks sit on them, no layer is shared.
+        layers: whether layers are shared at all, or prefixes alone.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, layers: bool = True) -> None:
         self.model, self.base = model, decoder.find(model)
         self.facts, modules = decoder.read(self.base)
-        self.layers = _layers(self.base, self.facts.layers, set(modules.values()))
+        self.layers = _layers(self.base, self.facts.layers, set(modules.values())) if layers else []
         self.prefixes = True
-        self._learned_sinks = any(hasattr(module, "sinks") for module in modules.values())
+        self.learned_sinks = any(hasattr(module, "sinks") for module in modules.values())
         self._ids: tuple[int, ...] = ()
         self._outputs: list[Any] = []
         self._caches: dict[int, Any] = {}
@@ -60,25 +61,7 @@ class Sharing:
         if not (method.causal and method.chunk_exact and self.prefixes):
             return min(plan), 0
         place = Prompt.start(prompt, None, 1, torch.device("cpu"))
-        return min(plan), min(self._first_row(edit, place, spans) for edits in plan.values() for edit in edits)
-
-    def _first_row(self, edit: Edit, place: Prompt, spans: Spans) -> int:
-        last = place.width - 1
-        row = 0
-        if isinstance(edit, Reweight):
-            if isinstance(edit.keys, Sinks):
-                return 0
-            # A row that sees keys of one side alone is not changed by a law that renormalises.
-            inside = place.key_columns(edit.keys, spans)[0]
-            if not inside.any():
-                return last
-            row = int(inside.long().argmax())
-            if not self._learned_sinks:
-                outside = (~inside).long()
-                row = max(row, int(outside.argmax()) if outside.any() else last)
-        elif not isinstance(edit, Ablate):
-            return 0
-        return max(row, last) if edit.phase == "decode" else row
+        return min(plan), int(first_columns(plan, place, spans, learned_sinks=self.learned_sinks))
 
     @torch.no_grad()
     def try_out(self, ids: list[int]) -> None:
@@ -174,6 +157,43 @@ class Sharing:
         finally:
             for module in stood:
                 del module.forward
+
+
+def first_columns(plan: Plan, place: Prompt, spans: Spans | None, *, learned_sinks: bool = False) -> torch.Tensor:
+    """The first column of each prompt row that a causal plan changes, int64 [B].
+
+    It is the last prompt column, which gives the first generated token, where none before it is changed.
+
+    Args:
+        plan: edits of a method that is causal and exact in chunks.
+        place: the prompt rows, padded or not.
+        spans: in the columns of `place`.
+        learned_sinks: whether the model attends to learned sinks besides the keys.
+    """
+    first = place.stop - 1
+    for edits in plan.values():
+        for edit in edits:
+            first = torch.minimum(first, _first(edit, place, spans, learned_sinks))
+    return first
+
+
+def _first(edit: Edit, place: Prompt, spans: Spans | None, learned_sinks: bool) -> torch.Tensor:
+    start, last = place.first, place.stop - 1
+    if isinstance(edit, Reweight) and not isinstance(edit.keys, Sinks):
+        # A row that sees keys of one side alone is not changed by a law that renormalises.
+        inside = place.key_columns(edit.keys, spans)
+        start = _leading(inside, last)
+        if not learned_sinks:
+            columns = torch.arange(place.width, device=last.device)
+            prompt = (columns >= place.first[:, None]) & (columns < place.stop[:, None])
+            start = torch.maximum(start, _leading(prompt & ~inside, last))
+    elif not isinstance(edit, Ablate):
+        return start
+    return torch.maximum(start, last) if edit.phase == "decode" else start
+
+
+def _leading(table: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    return torch.where(table.any(1), table.long().argmax(1), otherwise)
 
 
 def _constant(output: Any, row: int, count: int) -> Callable[..., Any]:

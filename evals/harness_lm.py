@@ -1,0 +1,673 @@
+"""A steered model for lm-evaluation-harness: `--model steerlens`.
+
+What is prompt. A log-likelihood's context is the prompt and its continuation counts as generated, whatever the batch.
+In `loglikelihood_rolling` a window's first token (the prefix token, later the last token of the window before) is the
+prompt and all text behind it counts as generated; methods that act on or learn from a prompt are refused there.
+
+Truncation. lm-eval cuts what is too long on the left. Methods on the first token then act on the first token that is
+left. A span that lost a token is a sample error: nothing is scored in its place.
+
+Tags. With `tags`, `<em>…</em>` in contexts, few-shot examples and chats included, is removed after the chat template
+and what it enclosed is the span group; without, markup in data stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from steerlens.evals.doc import BASELINE, Steering
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import steerlens
+from steerlens import backends, decoder, methods, models, selectors
+from steerlens.errors import MethodError, SpanError, SteerlensError, nearest
+from steerlens.methods.base import DecodingMethod, EditMethod, Method, PromptMethod
+from steerlens.recipe import Recipe, load_recipe
+from steerlens.spans import Range, Spans
+
+DEFAULT_TAG = {"emphasis": "em"}
+FIRST = 8
+"""So many documents of a task are looked at for tags before a run."""
+_CACHE_KEY = "steerlens"
+_HFLM_BACKENDS = ("default", "causal", "seq2seq")
+
+Located = tuple[tuple[str, tuple[Range, ...]], ...]
+"""Per span group its token ranges, hashable."""
+
+
+class HarnessError(SteerlensError, ValueError):
+    """A run through lm-eval that cannot be what its options say."""
+
+    exit_code = 2
+
+
+class Failed:
+    """A response that does not exist, and why; holds the place of one in lm-eval."""
+
+    reason: str
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.reason,)
+
+
+class FailedScore(Failed, tuple):  # type: ignore[type-arg]
+    """In place of a log-likelihood and whether it is greedy."""
+
+    def __new__(cls, reason: str) -> FailedScore:
+        failed = super().__new__(cls, (math.nan, False))
+        failed.reason = reason
+        return failed
+
+
+class FailedText(Failed, str):
+    """In place of a generated text."""
+
+    def __new__(cls, reason: str) -> FailedText:
+        failed = super().__new__(cls, "")
+        failed.reason = reason
+        return failed
+
+
+class FailedSum(Failed, float):
+    """In place of the log-likelihood of a whole text."""
+
+    def __new__(cls, reason: str) -> FailedSum:
+        failed = super().__new__(cls, math.nan)
+        failed.reason = reason
+        return failed
+
+
+@dataclasses.dataclass
+class Recording:
+    """A run in which bad samples are recorded; without one, the first of them ends the run.
+
+    Attributes:
+        lm: the model of the run, once it is made.
+    """
+
+    lm: SteerlensLM | None = None
+
+
+recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A text to score.
+
+    Attributes:
+        ids: its tokens, truncated on the left as lm-eval does.
+        start: the first token that is scored.
+        prompt: how many tokens are prompt.
+        spans: per group its token ranges.
+        request: what lm-eval caches it under.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    prompt: int
+    spans: Located = ()
+    request: tuple[str, str] | None = None
+
+
+@register_model("steerlens")
+class SteerlensLM(HFLM):
+    """A Hugging Face model whose every forward and `generate` is steered.
+
+    Without a method it is lm-eval's own `HFLM` and gives its numbers.
+
+    Args:
+        pretrained: an alias of `steerlens.models`, a Hub id, a path, or a loaded model.
+        method: names of methods, joined by "+"; their parameters are further arguments, `gamma=1.5` or
+            `zerotuning.gamma=1.5`.
+        methods: methods with their parameters: a list of `{"method": name, …}`, the same as JSON text, or `Method`s.
+        recipe: a file, a shipped name or a Hub repository; its methods come first.
+        steering: all three at once, with a label.
+        tags: `em:emphasis` (several joined by ";"), `{"emphasis": "em"}`, or True for that one.
+        backend: of `steerlens.steer`, or of HFLM where it is one of HFLM's.
+        arguments: of HFLM, of `from_pretrained`, and parameters of the methods.
+
+    Raises:
+        HarnessError, MethodError, HeadError, RecipeError, SpanError: before anything is run.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        method: str | None = None,
+        methods: Any = None,
+        recipe: str | Recipe | None = None,
+        steering: Steering | None = None,
+        tags: Any = None,
+        backend: str = "auto",
+        **arguments: Any,
+    ) -> None:
+        loaded = None if recipe is None else load_recipe(recipe)
+        if steering is None:
+            steering, arguments = _steering(method, methods, loaded, arguments)
+        elif method or methods or recipe:
+            raise HarnessError("steering= is given, and so is method=, methods= or recipe=: give one of them")
+        self.steering, self.methods = steering, list(steering.methods)
+        self.tags = _tags(tags)
+        for needed, group in self._needs():
+            if group not in self.tags:
+                raise HarnessError(
+                    f"{needed.name} needs spans for {group!r}, and no tag marks them: give tags=em:{group} and put "
+                    "<em>…</em> into the task's templates"
+                )
+        if backend in _HFLM_BACKENDS:
+            arguments["backend"], backend = backend, "auto"
+        elif backend not in backends.NAMES:
+            known = (*backends.NAMES, *_HFLM_BACKENDS)
+            raise HarnessError(f"backend={backend!r}; allowed: {', '.join(known)}{nearest(backend, known)}")
+        self.attention_backend = backends.check(backend)
+        self._decoding = next((m for m in self.methods if isinstance(m, DecodingMethod)), None)
+        if self._decoding is not None and str(arguments.get("batch_size", "")).startswith("auto"):
+            raise HarnessError(
+                f"batch_size=auto tries forwards, which {self._decoding.name} does not run alone: give a number"
+            )
+        self._batch: Spans | None = None
+        self._lengths: tuple[int, ...] | None = None
+        self._mask: torch.Tensor | None = None
+        self._ends: dict[str, Located] = {}
+        self.name = pretrained if isinstance(pretrained, str) else str(pretrained.config._name_or_path)
+        if isinstance(pretrained, str):
+            pretrained = models.resolve(pretrained)
+        try:
+            super().__init__(pretrained, **arguments)
+        except TypeError as error:
+            if (unknown := re.search(r"unexpected keyword argument '(.+?)'", str(error))) is None:
+                raise
+            known = [f.name for m in self.methods for f in dataclasses.fields(m)]
+            owner = " + ".join(m.name for m in self.methods) or "a method, as none is given"
+            raise MethodError(
+                f"{unknown[1]!r} is no argument of the model and no parameter of {owner}{nearest(unknown[1], known)}"
+            ) from error
+        if hasattr(self, "accelerator"):
+            # lm-eval counts GPUs: processes on CPUs, or on nodes of one GPU, would each run everything.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.methods:
+            if loaded is not None:
+                loaded.check(decoder.read(decoder.find(self.model))[0])
+            with self._steered(self._stand_in(1)):
+                pass
+        if (run := recording.get()) is not None:
+            run.lm = self
+
+    # --- before the run ----------------------------------------------------------------------------------------------
+
+    def expect(self, task: str, requests: Sequence[Any]) -> None:
+        """Look at a task's requests before any is run.
+
+        Raises:
+            HarnessError: if this steering cannot be what it says on them.
+        """
+        for kind in dict.fromkeys(request.request_type for request in requests):
+            self._refuse(kind, f" in task {task!r}")
+        first: dict[Any, str] = {}
+        for request in requests:
+            first.setdefault(request.doc_id, str(request.args[0]))
+            if len(first) == FIRST:
+                break
+        for method, group in self._needs():
+            tag = self.tags[group]
+            if first and not any(f"<{tag}>" in context for context in first.values()):
+                raise HarnessError(
+                    f"{method.name} needs spans for {group!r}, but none of the first {len(first)} prompts of task "
+                    f"{task!r} has a <{tag}>…</{tag}>: put it into the task's templates, or leave this task out"
+                )
+
+    def _refuse(self, kind: str, where: str = "") -> None:
+        for method in self.methods:
+            if kind != "generate_until" and isinstance(method, PromptMethod):
+                raise HarnessError(
+                    f"{method.name} rewrites prompts, for which there is only generate_until: {kind}{where}"
+                )
+            if kind != "loglikelihood_rolling":
+                continue
+            if method.needs:
+                why = f"acts on spans for {', '.join(method.needs)}"
+            elif isinstance(method, EditMethod) and (not method.causal or _prompt_only(method, self.model)):
+                why = "acts on what it finds in the prompt"
+            else:
+                continue
+            raise HarnessError(
+                f"{method.name} {why}, and texts in loglikelihood_rolling{where} have no prompt: leave it out"
+            )
+
+    def _needs(self) -> list[tuple[Method, str]]:
+        return [(method, group) for method in self.methods for group in method.needs]
+
+    # --- log-likelihoods ---------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As HFLM's; a request that cannot be steered as asked gets a `FailedScore`."""
+        if not self.methods and not self.tags:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._refuse("loglikelihood")
+        found: list[Any] = [None] * len(requests)
+        rows: dict[int, Row] = {}
+        for index, request in enumerate(requests):
+            try:
+                rows[index] = self._row(*request.args)
+            except SpanError as error:
+                found[index] = self._failed(FailedScore, error)
+        for index, score in zip(rows, self._scores(list(rows.values()), disable_tqdm), strict=True):
+            found[index] = score
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As HFLM's, on the texts without their tags."""
+        self._refuse("loglikelihood_rolling")
+        found: list[Any] = [None] * len(requests)
+        good = []
+        for index, request in enumerate(requests):
+            try:
+                self._strip(request.args[0])
+                good.append(index)
+            except SpanError as error:
+                found[index] = self._failed(FailedSum, error)
+        sums = super().loglikelihood_rolling([requests[i] for i in good], disable_tqdm=disable_tqdm) if good else []
+        for index, total in zip(good, sums, strict=True):
+            found[index] = total
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        if not self.methods:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        rows = []
+        for request, context, continuation in requests:
+            ids = tuple(context + continuation)[-(self.max_length + 1) :]
+            start = len(ids) - len(continuation)
+            rows.append(Row(ids, start, start if request is not None else 1, request=request))
+        return self._scores(rows, disable_tqdm, override_bs)
+
+    def _row(self, context: str, continuation: str) -> Row:
+        clean, tagged = self._strip(context)
+        if self._strip(continuation, strict=False)[0] != continuation:
+            raise SpanError(f"the continuation {continuation[:60]!r} holds a tag, but only prompts are emphasised")
+        if clean:
+            prompt, rest = self._encode_pair(clean, continuation)
+            spans = self._locate(clean.rstrip(), tagged, prompt)
+        else:
+            prompt, rest = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            if rest[:1] == prompt and len(rest) > 1:
+                rest = rest[1:]
+            spans = self._locate("", tagged, prompt)
+        if not prompt:
+            raise SpanError(f"the prompt {context[:60]!r} has no tokens")
+        if not rest or len(rest) > self.max_length:
+            raise SpanError(
+                f"the continuation {continuation[:60]!r} has {len(rest)} tokens; allowed: 1 to {self.max_length}"
+            )
+        ids = tuple(prompt + rest)[-(self.max_length + 1) :]
+        cut = len(prompt) + len(rest) - len(ids)
+        start = len(prompt) - cut
+        return Row(ids, start, start, self._shift(spans, cut), (context, continuation))
+
+    def _scores(
+        self, rows: Sequence[Row], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each row's tokens from `start` on, and whether greedy decoding gives them."""
+        if not self.methods:
+            parts = [(row.request, list(row.ids[: row.start]), list(row.ids[row.start :])) for row in rows]
+            return super()._loglikelihood_tokens(parts, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        # Rows that differ in their last token, which is only scored, share a forward.
+        forwards: dict[Any, list[int]] = {}
+        for index, row in enumerate(rows):
+            shared = self._decoding is None and self.logits_cache
+            key = (row.ids[:-1], row.start, row.prompt, row.spans) if shared else index
+            forwards.setdefault(key, []).append(index)
+        order = sorted(forwards.values(), key=lambda f: (-len(rows[f[0]].ids), rows[f[0]].ids))
+        auto = self.batch_size == "auto" and not override_bs
+        if auto:
+            self.batch_sizes = {}
+        parts = [
+            (None, list(rows[f[0]].ids[: rows[f[0]].start]), list(rows[f[0]].ids[rows[f[0]].start :])) for f in order
+        ]
+        size = int(override_bs or 0) if self.batch_size == "auto" else int(self.batch_size)
+        schedule = (lambda place, _: self._batch_scheduler(place, parts)) if auto else None
+        found: list[Any] = [None] * len(rows)
+        bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        for chunk in Collator.get_chunks(order, n=size, fn=schedule):
+            firsts = [rows[forward[0]] for forward in chunk]
+            scored = self._score_by_method(firsts) if self._decoding else None
+            logits = self._score_by_forward(firsts) if scored is None else None
+            for place, forward in enumerate(chunk):
+                for index in forward:
+                    if scored is not None:
+                        found[index] = scored[place]
+                    else:
+                        assert logits is not None
+                        found[index] = _score(logits[place], rows[index])
+                    if rows[index].request is not None:
+                        self.cache_hook.add_partial("loglikelihood", rows[index].request, found[index])
+                    bar.update(1)
+        bar.close()
+        return found
+
+    def _score_by_forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Log-probabilities [B, T, V] after each token but the last."""
+        inputs = pad_sequence([torch.tensor(row.ids[:-1]) for row in rows], batch_first=True).to(self.device)
+        with self._meaning(rows):
+            return torch.nn.functional.log_softmax(self._model_call(inputs), dim=-1, dtype=self.softmax_dtype)
+
+    def _score_by_method(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
+        assert self._decoding is not None
+        limit = self.max_length
+        cut = [dataclasses.replace(r, ids=r.ids[-limit:], start=r.start - max(len(r.ids) - limit, 0)) for r in rows]
+        shifts = [max(len(r.ids) - limit, 0) for r in rows]
+        rows = [
+            dataclasses.replace(r, prompt=max(r.prompt - n, 1), spans=self._shift(r.spans, n))
+            for r, n in zip(cut, shifts, strict=True)
+        ]
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(self.device)
+        lengths = torch.tensor([len(row.ids) for row in rows], device=self.device)
+        mask = (torch.arange(ids.shape[1], device=self.device) < lengths[:, None]).long()
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        with self._meaning(rows), self._steered(self._batch, self._lengths) as steered, self._computing():
+            steered.inside = True
+            logprobs = self._decoding.score(self.model, inputs, steered.spans)
+        found = []
+        for place, row in enumerate(rows):
+            scored = logprobs[place, row.start - 1 : len(row.ids) - 1].float()
+            # More than half of the probability is the most; below, only decoding tells.
+            greedy = bool((scored > math.log(0.5)).all()) or self._begins(row)
+            found.append((float(scored.sum()), greedy))
+        return found
+
+    def _begins(self, row: Row) -> bool:
+        """Whether greedy decoding of the row's prompt gives what is scored."""
+        prompt, rest = torch.tensor([row.ids[: row.start]], device=self.device), list(row.ids[row.start :])
+        with self._steered(_spans([row])), self._computing():
+            output = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=len(rest),
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return bool(output[0, prompt.shape[1] :].tolist() == rest)
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        if not self.methods:
+            return super()._model_call(inps, attn_mask, labels)
+        spans, lengths, mask = self._batch, self._lengths, None
+        if lengths is None:  # lm-eval tries how many rows fit
+            spans = self._stand_in(len(inps))
+        elif not all(method.causal for method in self.methods):
+            # Pads follow a row's last token: nothing that is causal sees them.
+            mask = self._mask
+        with self._steered(spans, lengths), self._computing():
+            return self.model(inps, attention_mask=mask).logits
+
+    @contextlib.contextmanager
+    def _meaning(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Say which rows the forward inside is for."""
+        self._batch, self._lengths = _spans(rows), tuple(row.prompt for row in rows)
+        lengths = torch.tensor([len(row.ids) - 1 for row in rows])
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        self._mask = None if bool(real.all()) else real.long().to(self.device)
+        try:
+            yield
+        finally:
+            self._batch = self._lengths = self._mask = None
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """As HFLM computes: without gradients, in its mixed precision."""
+        dtype = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    def _steered(self, spans: Spans | None, lengths: tuple[int, ...] | None = None) -> steerlens.Steering:
+        return steerlens.steer(self.model, self.methods, spans, backend=self.attention_backend, prompt_lengths=lengths)
+
+    def _stand_in(self, rows: int) -> Spans | None:
+        groups = dict.fromkeys(group for _, group in self._needs())
+        return Spans({group: (((0, 1),),) * rows for group in groups}) if groups else None
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As HFLM's; a request that cannot be steered as asked gets a `FailedText`."""
+        if not self.methods and not self.tags:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        found: list[Any] = [None] * len(requests)
+        good = []
+        for index, request in enumerate(requests):
+            context, options = request.args
+            room = self.max_length - normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            try:
+                self._ends[context] = self._from_the_end(context, room)
+                good.append(index)
+            except SpanError as error:
+                found[index] = self._failed(FailedText, error)
+        texts = super().generate_until([requests[i] for i in good], disable_tqdm=disable_tqdm) if good else []
+        self._ends.clear()
+        for index, text in zip(good, texts, strict=True):
+            found[index] = text
+        return found
+
+    def _from_the_end(self, context: str, room: int) -> Located:
+        """A context's spans, counted back from its end: where left padding and left truncation change nothing."""
+        clean, tagged = self._strip(context)
+        ids = super().tok_encode(clean)
+        spans = self._locate(clean, tagged, ids)
+        if self.truncation and len(ids) > self.tokenizer.model_max_length and spans:
+            raise SpanError(
+                f"truncation=True cuts the prompt of {len(ids)} tokens to {self.tokenizer.model_max_length}"
+            )
+        self._shift(spans, max(len(ids) - room, 0))
+        return self._shift(spans, len(ids), inside=False)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
+    ) -> list[int]:
+        """As HFLM's, without the tags."""
+        return super().tok_encode(self._strip(string)[0], add_special_tokens, left_truncate_len, **options)
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As HFLM's, without the tags; what they enclosed is remembered for the `generate` that follows."""
+        clean = [self._strip(string)[0] for string in strings]
+        ids, mask = super().tok_batch_encode(clean, padding_side, left_truncate_len, truncation)
+        rows = [Row((), 0, 0, self._shift(self._ends.get(s, ()), -ids.shape[1])) for s in strings]
+        self._batch = _spans(rows)
+        return ids, mask
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        if not self.methods:
+            return super()._model_generate(context, max_length, stop, **options)
+        spans, self._batch = self._batch, None
+        with self._steered(spans):
+            return super()._model_generate(context, max_length, stop, **options)
+
+    # --- tags --------------------------------------------------------------------------------------------------------
+
+    def _strip(self, text: str, strict: bool = True) -> tuple[str, dict[str, list[Range]]]:
+        """The text without its tags, and per tag the characters it enclosed."""
+        if not self.tags:
+            return text, {}
+        try:
+            return selectors.strip_tags(text, sorted(set(self.tags.values())))
+        except SpanError:
+            if strict:
+                raise
+            return "", {}
+
+    def _locate(self, text: str, tagged: Mapping[str, Sequence[Range]], ids: list[int]) -> Located:
+        """The tokens of each group that a method needs, in `ids`, the encoded text."""
+        groups = dict.fromkeys(group for _, group in self._needs())
+        if not groups:
+            return ()
+        inside = {tag: [(a, min(b, len(text))) for a, b in found if a < len(text)] for tag, found in tagged.items()}
+        whole = selectors.Text(text, [("", 0, len(text))], inside)
+        offsets = self._offsets(text, ids) if text else [(0, 0)] * len(ids)
+        found = []
+        for group in groups:
+            ranges = selectors.resolve(selectors.Tag(self.tags[group]), whole, offsets, "all")
+            found.append((group, tuple(dict.fromkeys(ranges))))
+        return tuple(found)
+
+    def _offsets(self, text: str, ids: list[int]) -> list[Range]:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise HarnessError(
+                f"{type(self.tokenizer).__name__} is a slow tokenizer, which does not say which characters tokens "
+                "carry: load a fast one for methods that need spans"
+            )
+        for special in (True, False):
+            encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+            if encoded["input_ids"] == ids:
+                return [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+        raise HarnessError(f"{type(self.tokenizer).__name__} encodes {text[:60]!r} in two ways; spans cannot be told")
+
+    def _shift(self, spans: Located, cut: int, inside: bool = True) -> Located:
+        """Spans after `cut` tokens are gone on the left; `inside` refuses those that lost one."""
+        for group, ranges in spans:
+            if inside and any(start < cut for start, _ in ranges):
+                raise SpanError(f"left truncation takes {cut} tokens, some of them of a span for {group!r}")
+        return tuple((group, tuple((a - cut, b - cut) for a, b in ranges)) for group, ranges in spans)
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _failed(kind: Any, error: SpanError) -> Any:
+        if recording.get() is None:
+            raise error
+        return kind(str(error))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its responses depend on, plain JSON types."""
+        return {
+            "pretrained": self.name,
+            "steering": self.steering.to_dict(),
+            "tags": self.tags,
+            "backend": self.attention_backend,
+        }
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's, and the steering with its parameters and fingerprint."""
+        info: dict[str, Any] = super().get_model_info()
+        return info | {
+            "steering": self.steering.to_dict(),
+            "tags": self.tags,
+            "attention_backend": self.attention_backend,
+            "steerlens_version": steerlens.__version__,
+        }
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's response cache if it holds responses of this model under this steering alone.
+
+        Raises:
+            HarnessError: if they are of another.
+        """
+        responses = cache_hook.dbdict
+        if responses is not None:
+            mine = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+            known = responses.get(_CACHE_KEY, None if len(responses) else mine)
+            if known != mine:
+                raise HarnessError(
+                    f"use_cache: {responses.filename} holds responses of another model or steering than "
+                    f"{self.steering.label!r} on {self.name}: give each its own use_cache"
+                )
+            responses[_CACHE_KEY] = mine
+        super().set_cache_hook(cache_hook)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        """As HFLM's; a process whose samples of a task all failed has no values, and says so."""
+        gathered = super().gather_object(obj, dst)
+        for rank in gathered or ():
+            for task, values in rank.items() if isinstance(rank, dict) else ():
+                if isinstance(values, dict):
+                    for other in gathered:
+                        values.update({metric: [] for metric in other[task] if metric not in values})
+        return gathered
+
+
+def _score(logprobs: torch.Tensor, row: Row) -> tuple[float, bool]:
+    here = logprobs[row.start - 1 : len(row.ids) - 1]
+    wanted = torch.tensor(row.ids[row.start :], device=here.device)
+    return float(here.gather(1, wanted[:, None]).sum()), bool((here.argmax(-1) == wanted).all())
+
+
+def _spans(rows: Sequence[Row]) -> Spans | None:
+    groups = dict.fromkeys(group for row in rows for group, _ in row.spans)
+    return Spans({group: tuple(dict(row.spans).get(group, ()) for row in rows) for group in groups}) if groups else None
+
+
+def _prompt_only(method: EditMethod, model: Any) -> bool:
+    facts, _ = decoder.read(decoder.find(model))
+    edits = [edit for found in method.plan(facts, None).values() for edit in found]
+    return bool(edits) and all(edit.phase in ("prompt", "prefill") for edit in edits)
+
+
+def _tags(given: Any) -> dict[str, str]:
+    """`{group: tag}`."""
+    if not given:
+        return {}
+    if given is True:
+        return dict(DEFAULT_TAG)
+    if isinstance(given, Mapping):
+        found = {str(group): tag for group, tag in given.items()}
+    else:
+        pairs = [pair.strip().partition(":") for pair in str(given).split(";")]
+        found = {group or "emphasis": tag for tag, _, group in pairs}
+    for tag in found.values():
+        if not isinstance(tag, str) or not re.fullmatch(r"[\w.-]+", tag):
+            raise HarnessError(f"tags={given!r}: {tag!r} is no tag's name; for example tags=em:emphasis")
+    return found
+
+
+def _steering(
+    names: str | None, described: Any, recipe: Recipe | None, arguments: dict[str, Any]
+) -> tuple[Steering, dict[str, Any]]:
+    """The steering that model arguments describe, and the arguments that are the model's."""
+    parts: list[dict[str, Any]] = [m.to_dict() for m in recipe.methods] if recipe else []
+    if isinstance(described, str):
+        try:
+            described = json.loads(described)
+        except ValueError as error:
+            raise HarnessError(f"methods={described!r:.80} is not JSON: {error}") from None
+    if isinstance(described, Mapping | Method):
+        described = [described]
+    given = [m.to_dict() if isinstance(m, Method) else dict(m) for m in described or ()]
+    parts += given + [{"method": methods.get(name.strip()).name} for name in names.split("+")] if names else given
+    fields = {d["method"]: {f.name for f in dataclasses.fields(methods.get(d["method"]))} for d in parts}
+    rest = {}
+    for key, value in arguments.items():
+        owner, dot, parameter = key.rpartition(".")
+        if dot and owner not in fields:
+            raise HarnessError(f"{key}={value!r}: {owner!r} is not a method of this run; it has {', '.join(fields)}")
+        owners = [owner] if dot else [name for name, known in fields.items() if key in known]
+        if len(owners) > 1:
+            raise HarnessError(f"{key}={value!r}: {' and '.join(owners)} both have it; write {owners[0]}.{key}=…")
+        if not owners:
+            rest[key] = value
+        for part in parts:
+            if part["method"] in owners:
+                part[parameter] = value
+    found = tuple(methods.from_dict(part) for part in parts)
+    label = recipe.name if recipe else "+".join(m.name for m in found) or BASELINE
+    return Steering(label, found, "method" if found else "baseline"), rest

@@ -1,0 +1,198 @@
+"""Tasks of lm-evaluation-harness: found without its index of 14,000 names where they are local, bad samples kept out.
+
+lm-eval knows no sample errors. Here a document with a failed response has no metrics: it is left out of every mean,
+and its row says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.utils import handle_non_serializable
+from steerlens.evals.harness_lm import Failed, HarnessError, Recording, recording
+
+from steerlens.errors import nearest
+
+log = logging.getLogger("steerlens")
+
+
+class Tasks(lm_eval.tasks.TaskManager):
+    """lm-eval's `TaskManager`, whose default index is built when a name is asked for that is not local."""
+
+    def __init__(
+        self,
+        verbosity: str | None = None,
+        include_path: Any = None,
+        include_defaults: bool = True,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self._later = include_defaults
+        super().__init__(verbosity, include_path, include_defaults=False, metadata=metadata)
+
+    def build_defaults(self) -> None:
+        """Add lm-eval's own tasks; takes some 20 s."""
+        if self._later:
+            self._later = False
+            log.info("reading the index of lm-eval's tasks")
+            super().__init__(include_path=self.include_path, include_defaults=True, metadata=self.metadata)
+
+    def known(self, name: str) -> bool:
+        """Whether a name, or the path of a YAML file, is a task, a group or a tag."""
+        if name not in self._index and not Path(name).is_file():
+            self.build_defaults()
+        return name in self._index or Path(name).is_file()
+
+    def match_tasks(self, task_list: list[str]) -> list[str]:
+        """Names that match patterns."""
+        if any(name not in self._index for name in task_list):
+            self.build_defaults()
+        found: list[str] = super().match_tasks(task_list)
+        return found
+
+    @property
+    def all_tasks(self) -> list[str]:
+        """Every name."""
+        if not self._later:
+            return list(self._all_tasks)
+        return list(self._index)
+
+    def list_all_tasks(self, *args: Any, **kwargs: Any) -> str:
+        """A table of all tasks."""
+        self.build_defaults()
+        return str(super().list_all_tasks(*args, **kwargs))
+
+    def load(self, task_list: Any) -> Any:
+        """Tasks and groups by name, whose bad samples have no metrics."""
+        for spec in task_list if isinstance(task_list, list) else [task_list]:
+            if any(name not in self._index for name in self._members(spec)):
+                self.build_defaults()
+        loaded = super().load(task_list)
+        for task in loaded["tasks"].values():
+            _keep_out_failures(task)
+        return loaded
+
+    def _members(self, spec: Any) -> Iterator[str]:
+        """The names that a task or group is made of, as far as they are not defined in it."""
+        if isinstance(spec, str):
+            entry = self._index.get(spec)
+            if entry is None and Path(spec).is_file():
+                entry = lm_eval.tasks.TaskIndex.entry_from_path(Path(spec))
+                spec = lm_eval.tasks.manager.load_yaml(Path(spec), resolve_func=False)
+            elif entry is None:
+                yield spec
+                return
+            else:
+                spec = entry.cfg or {}
+        if isinstance(spec, dict) and isinstance(spec.get("task"), list):
+            for member in spec["task"]:
+                if isinstance(member, dict) and not isinstance(member.get("task"), str):
+                    yield from self._members(member)
+                elif isinstance(member, str) or "dataset_path" not in member:
+                    name = member if isinstance(member, str) else member["task"]
+                    if name in self._index:
+                        yield from self._members(name)
+                    else:
+                        yield name
+
+
+def evaluate(*args: Any, log_samples: bool = True, **kwargs: Any) -> dict[str, Any] | None:
+    """lm-eval's `simple_evaluate`, with sample errors.
+
+    Returns:
+        Its results, where the rows of failed samples have "error" and no responses, and `config["steerlens_errors"]`
+        lists them as {"task", "doc_id", "error"}; None in other processes than the first.
+    """
+    token = recording.set(Recording())
+    try:
+        results: Any = simple_evaluate(*args, log_samples=True, **kwargs)
+    finally:
+        recording.reset(token)
+    if results is None:
+        return None
+    failed: dict[tuple[str, Any], str] = {}
+    for task, rows in results["samples"].items():
+        for row in rows:
+            error = next((r.reason for r in _flat(row["resps"]) if isinstance(r, Failed)), None)
+            if error is not None:
+                row["error"], row["resps"], row["filtered_resps"] = error, [], []
+                failed[task, row["doc_id"]] = error
+    errors = [{"task": task, "doc_id": doc_id, "error": error} for (task, doc_id), error in failed.items()]
+    results["config"]["steerlens_errors"] = errors
+    for task in results["samples"]:
+        results["results"][task]["sample_errors"] = sum(e["task"] == task for e in errors)
+    if not log_samples:
+        del results["samples"]
+    return dict(results)
+
+
+def check(names: Sequence[str], include_path: Any = None) -> None:
+    """Raise `HarnessError` naming the nearest for a name that is no task, group, tag or YAML file."""
+    tasks = Tasks(include_path=include_path)
+    for name in names:
+        if not tasks.known(name):
+            raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
+
+
+@functools.lru_cache(maxsize=8)
+def load(name: str, include_path: str | None, metadata: str) -> tuple[Tasks, Any]:
+    """A task by name or YAML file with its data, read once for all runs; `metadata` as JSON."""
+    tasks = Tasks(include_path=include_path, metadata=json.loads(metadata))
+    if not tasks.known(name):
+        raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
+    loaded = tasks.load([name])
+    return tasks, list(loaded["groups"].values()) or list(loaded["tasks"].values())
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample row as lm-eval writes it into a file, plain JSON types."""
+    arguments = {
+        f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(given)}
+        for i, given in enumerate(row["arguments"])
+    }
+    changed = {"arguments": arguments, "target": str(row["target"])}
+    return dict(json.loads(json.dumps(row | changed, default=handle_non_serializable)))
+
+
+def _keep_out_failures(task: Any) -> None:
+    if getattr(task, "_steerlens", False):
+        return
+    task._steerlens = True
+    build, filters, process = task.build_all_requests, task.apply_filters, task.process_results
+
+    def build_all_requests(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        run = recording.get()
+        if run is not None and run.lm is not None:
+            run.lm.expect(task.task_name, task.instances)
+
+    def apply_filters() -> Any:
+        filtered = filters()
+        for request in task.instances:
+            failed = next((r for r in request.resps if isinstance(r, Failed)), None)
+            if failed is not None:
+                request.filtered_resps = dict.fromkeys(request.filtered_resps, failed)
+        return filtered
+
+    def process_results(doc: Any, results: Any) -> Any:
+        return {} if any(isinstance(r, Failed) for r in results) else process(doc, results)
+
+    task.build_all_requests, task.apply_filters, task.process_results = (
+        build_all_requests,
+        apply_filters,
+        process_results,
+    )
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _flat(value)
+        else:
+            yield value
