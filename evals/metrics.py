@@ -4,6 +4,7 @@
     acc acc_norm logprob mc2                            log-likelihoods of choices
     json_valid json_value pronoun_change fluency        form of the text
     ifeval_strict ifeval_loose constraints drift …      instructions whose following can be verified
+    obeys obeys_last                                    form of each turn of a chat
     rouge1 rouge2 rougeL coverage density faithfulness  summaries
     macro_f1 mcc                                        of all documents together
 
@@ -28,7 +29,7 @@ from steerlens.evals.doc import Doc, Output
 
 from steerlens.errors import SteerlensError, nearest
 
-BUILT_IN = ("answers", "choices", "forms", "instructions", "summaries")
+BUILT_IN = ("answers", "choices", "forms", "instructions", "summaries", "turns")
 REPEATS = 4
 LOOP = 12
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import (
@@ -113,8 +114,22 @@ EvidenceField = Annotated[
 _MOST_PROBLEMS = 20
 
 
-def explain(error: ValidationError, root: type[BaseModel], source: str, lines: plainyaml.Lines) -> str:
-    """The problems of a recipe, one a line: file, line, place, value, what is allowed."""
+def explain(
+    error: ValidationError,
+    root: type[BaseModel],
+    source: str,
+    lines: plainyaml.Lines,
+    parts: Mapping[str, type[BaseModel]] = MappingProxyType({"model": RecipeModel, "evidence": Evidence}),
+) -> str:
+    """The problems of a recipe or another YAML file, one a line: file, line, place, value, what is allowed.
+
+    Args:
+        error: what the schema found.
+        root: the schema.
+        source: the file.
+        lines: of its places.
+        parts: schemas of the mappings in it, by the key in `root` that holds them.
+    """
     found = []
     problems = error.errors(include_url=False)
     for problem in problems[:_MOST_PROBLEMS]:
@@ -125,8 +140,7 @@ def explain(error: ValidationError, root: type[BaseModel], source: str, lines: p
         line = next((lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in lines), None)
         where = f"{source}:{line}" if line else source
         if problem["type"] in ("extra_forbidden", "invalid_key"):
-            owners: dict[str, type[BaseModel]] = {"model": RecipeModel, "evidence": Evidence}
-            owner = owners.get(str(path[0]) if len(path) > 1 else "", root)
+            owner = parts.get(str(path[0]) if len(path) > 1 else "", root)
             known = [field.alias or name for name, field in owner.model_fields.items()]
             # pydantic leaves a key that is no text out of the place, or puts its repr there
             what = f"unknown key; allowed: {', '.join(known)}{nearest(str(path[-1])[:80] if path else '', known)}"

@@ -89,15 +89,21 @@ def entity_facts(
             subject = f"the {rng.choice((rng.choice(PLACES[:24]), kind))}"
         if (relation, subject) in slots:
             continue
-        chosen: dict[str, Fact] = {}
-        for _ in range(60):
-            fact = Fact(relation, subject, _draw_value(rng, ATTRIBUTES[relation]))
-            if split_of(fact.key) == split:
-                chosen[fact.value] = fact
-            if len(chosen) == values:
-                slots[relation, subject] = tuple(chosen.values())
-                break
+        if chosen := _held(rng, split, relation, subject, values):
+            slots[relation, subject] = chosen
     return list(slots.values())
+
+
+def _held(rng: random.Random, split: Split, relation: str, subject: str, values: int) -> tuple[Fact, ...]:
+    """`values` different facts of one slot from `split`; none if the draw finds too few."""
+    chosen: dict[str, Fact] = {}
+    for _ in range(60):
+        fact = Fact(relation, subject, _draw_value(rng, ATTRIBUTES[relation]))
+        if split_of(fact.key) == split:
+            chosen[fact.value] = fact
+        if len(chosen) == values:
+            return tuple(chosen.values())
+    return ()
 
 
 def false_memory(rng: random.Random, split: Split) -> Fact:
@@ -124,6 +130,28 @@ def memory_question(rng: random.Random, split: Split) -> tuple[str, Fact]:
             return question, Fact(relation, country, MEMORY[relation, country])
 
 
+def profiles(rng: random.Random, split: Split, count: int) -> list[tuple[Fact, ...]]:
+    """Everything about `count` different entities: a fact for each attribute, all triples from `split`."""
+    found: dict[str, tuple[Fact, ...]] = {}
+    while len(found) < count:
+        subject = f"the {rng.choice(PLACES)} {rng.choice(KINDS)}"
+        held = {relation: _held(rng, split, relation, subject, 1) for relation in ATTRIBUTES}
+        if subject not in found and all(held.values()):
+            found[subject] = tuple(facts[0] for facts in held.values())
+    return list(found.values())
+
+
+def fillers(rng: random.Random, budget: int) -> list[str]:
+    """Sentences that state nothing anyone asks for, of at most `budget` tokens with the spaces between them."""
+    sentences, used = [], 0
+    while used < budget:
+        text = filler(rng)
+        used += size(" " + text)
+        if used <= budget:
+            sentences.append(text)
+    return sentences
+
+
 def arrange(
     rng: random.Random, facts: list[Fact], budget: int, extra: list[Fact] | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -137,11 +165,7 @@ def arrange(
         if (cost := size(" " + fact.statement)) + used <= budget:
             sentences.append((fact.statement, -1))
             used += cost
-    while used < budget:
-        text = filler(rng)
-        used += size(" " + text)
-        if used <= budget:
-            sentences.append((text, -1))
+    sentences += [(text, -1) for text in fillers(rng, budget - used)]
     rng.shuffle(sentences)
     spans, at = [(0, 0)] * len(facts), 0
     for text, index in sentences:
