@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,8 @@ def know(entry: ModelEntry, *, offline: bool = False) -> Known:
     if entry.shape is not None:
         _check_shape(entry, shape)
     dtype = getattr(config, "dtype", None)
+    # a path of the installation says less than the alias
+    facts = replace(facts, name=entry.name)
     return Known(facts, shape, None, None if dtype is None else str(dtype).removeprefix("torch."), tokenizer)
 
 
