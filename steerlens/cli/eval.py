@@ -386,6 +386,8 @@ def _show(summary: Mapping[str, Any]) -> None:
         rows.append([c["model"], *row] if several else row)
     if rows:
         show.table(["model", *columns] if several else columns, rows)
+    else:
+        show.note("nothing to compare: no steering has a document in common with the unsteered model")
     for control in summary["controls"]:
         typer.echo(_control(control))
     for skipped in summary["skipped"]:
