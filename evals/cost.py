@@ -229,10 +229,8 @@ def _measured(task: Any, docs: Sequence[Any], known: Known, declared: list[str])
         how = f"declared by the task ({tokens})" if tokens else f"estimated, a token per {_CHARACTERS} characters"
         if (said := f"prompt tokens: {how}, as there is no tokenizer") not in declared:
             declared.append(said)
-    if known.tokenizer is None and tokens:
-        lengths = [tokens] * len(docs)
-    else:
-        lengths = lengths_of(known.tokenizer, task, docs)
+    by_hand = known.tokenizer is None and tokens is not None
+    lengths = [tokens] * len(docs) if by_hand else lengths_of(known.tokenizer, task, docs)
     return [
         _Doc(length, max(1, len(doc.choices)), 1 + len(doc.turns), _longest(doc.choices))
         for length, doc in zip(lengths, docs, strict=True)

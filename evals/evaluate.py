@@ -243,7 +243,7 @@ def merge(job: Job, output: Path) -> State:
         FolderError: if there is no such job, or it has batches that are missing.
     """
     folder = Folder(output)
-    if not (output / "job.json").exists():
+    if not folder.planned:
         raise FolderError(f"--merge: {output} holds no job; run it first")
     folder.check(job, Worker(), resume=True)
     folder.plan = folder.read_plan()

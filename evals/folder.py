@@ -114,7 +114,7 @@ class Folder:
         """Raise `FolderError` if this job may not go on here; reads only."""
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"--output {self.path} is a file; name a folder")
-        if not self._planned:
+        if not self.planned:
             # a process that was killed before it wrote job.json may have left these
             own = (self.work.name, "plan.json")
             inside = [p.name for p in self.path.iterdir() if p.name not in own] if self.path.is_dir() else []
@@ -138,7 +138,8 @@ class Folder:
             )
 
     @property
-    def _planned(self) -> bool:
+    def planned(self) -> bool:
+        """Whether a job has been begun here."""
         return (self.path / "job.json").exists()
 
     def _compare(self, job: Job) -> None:
@@ -174,12 +175,12 @@ class Folder:
                 worker or another number of workers. Nothing is written then.
         """
         self.check(job, worker, resume)
-        plan = self.read_plan() if self._planned else make()
+        plan = self.read_plan() if self.planned else make()
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "folder.lock"):
             # another worker may have been first
             self.check(job, worker, resume)
-            if not self._planned:
+            if not self.planned:
                 files.write(self.path / "plan.json", _json(plan.to_dict()))
                 files.write(self.path / "job.json", _json({**job.compared(), "fingerprint": job.fingerprint}))
             self.plan = self.read_plan()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _MOST_PROBLEMS = 20
 _NOT_COMPARED = ("output",)
+_COMPUTED = ("fingerprint", "task_fingerprints")
 
 
 class JobError(SteerlensError, ValueError):
@@ -552,6 +553,16 @@ class Job(Part):
         written = dict(zip(self.loaded, (task.task for task in self.tasks), strict=True))[name]
         return name in entry.tasks or written in entry.tasks
 
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The job that a folder of results belongs to."""
+        path = folder / "job.json"
+        try:
+            data = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise JobError(f"{folder} holds no job: {path.name} cannot be read ({error}); run one first") from None
+        return cls.from_dict({k: v for k, v in dict(data).items() if k not in _COMPUTED}, str(path))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads it back."""
         return json.loads(self.model_dump_json(by_alias=True, exclude_none=True))
@@ -572,16 +583,13 @@ def _digest(data: Any) -> str:
 
 
 def _located(data: dict[str, Any], beside: Path | None) -> dict[str, Any]:
-    """The job with task files, recipes and folders that lie beside it as paths that hold anywhere."""
-    if beside is None:
-        return data
+    """The job with its files and folders, beside it or in the working directory, as paths that hold anywhere."""
 
     def found(value: Any) -> Any:
-        if not isinstance(value, str) or Path(value).is_absolute():
+        if not isinstance(value, str) or not (os.sep in value or value.endswith((".yaml", ".yml"))):
             return value
-        path = beside / value
-        looks = path.suffix in (".yaml", ".yml") or os.sep in value
-        return str(path.resolve()) if looks and path.exists() else value
+        paths = [folder / value for folder in (beside, Path.cwd()) if folder is not None]
+        return next((str(path.resolve()) for path in paths if path.exists()), value)
 
     for key, fields in {"tasks": ("task", "include_path"), "steerings": ("recipe",), "models": ("id",)}.items():
         if isinstance(data.get(key), list):

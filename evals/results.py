@@ -19,6 +19,7 @@ from steerlens.evals.plan import Batch
 
 import steerlens
 from steerlens import files
+from steerlens.models import TINY
 
 CONFIDENCE = 0.95
 _SECTIONS = (
@@ -140,7 +141,7 @@ def _results(
         if name in sections["results"]:
             sections["results"][name] |= {"sample_errors": samples.errors}
     arguments = {
-        "pretrained": model.target,
+        "pretrained": model.id if model.id == TINY else model.target,
         "revision": model.revision,
         "dtype": model.dtype,
         "backend": job.backend,

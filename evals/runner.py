@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 import time
@@ -258,24 +259,36 @@ class _Job:
         if keep and self.runner.prefix is not None:
             self.runner.prefix.keep(caches.find(output))
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        width = batch.width if likelihood.width is None else likelihood.width
-        return self._parts(sequences[:, width:].tolist(), likelihood, stopping)
+        rewritten = any(isinstance(method, PromptMethod) for method in steering.methods)
+        width = likelihood.width if rewritten and likelihood.width is not None else batch.width
+        return self._parts(sequences[:, width:].tolist(), *likelihood.gathered())
 
-    def _parts(self, rows: list[list[int]], likelihood: _Likelihood, stopping: _Stopping) -> list[_Part | str]:
-        picked, logprobs = likelihood.gathered()
+    def _parts(self, rows: list[list[int]], picked: list[list[int]], logprobs: list[list[float]]) -> list[_Part | str]:
         parts: list[_Part | str] = []
         for i, tokens in enumerate(rows):
-            ends = [n for n, token in enumerate(tokens, 1) if token in self.ends][:1]
-            count = min([len(tokens), *ends, *stopping.ended(i)])
-            known = bool(picked) and picked[i][:count] == tokens[:count]
+            count = self._count(tokens)
+            known = i < len(picked) and picked[i][:count] == tokens[:count]
             total = sum(logprobs[i][:count]) if known else float("nan")
             if known and total != total:
                 parts.append(self._no_numbers())
                 continue
-            text = str(self.tokenizer.decode(tokens[:count], skip_special_tokens=True))
+            text = self._text(tokens[:count])
             cuts = [at for stop in self.stops if (at := text.find(stop)) >= 0]
             parts.append(_Part(text[: min(cuts, default=None)], count, total))
         return parts
+
+    def _count(self, tokens: list[int]) -> int:
+        """How many tokens there are up to the first end or stop, that one included."""
+        count = next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
+        stopped = bisect.bisect_left(range(count), True, key=lambda n: self._stops(tokens[: n + 1])) + 1
+        return min(count, stopped)
+
+    def _stops(self, tokens: list[int]) -> bool:
+        text = self._text(tokens)
+        return any(stop in text for stop in self.stops)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     # --- choices -----------------------------------------------------------------------------------------------------
 
@@ -381,34 +394,30 @@ class _Likelihood(LogitsProcessor):
         return scores
 
     def gathered(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Per row the tokens and their log-probabilities."""
-        if not self._tokens:
+        """Per row the tokens and their log-probabilities; none where steps were of different rows."""
+        if len({len(tokens) for tokens in self._tokens}) != 1:
             return [], []
         return torch.stack(self._tokens, 1).tolist(), torch.stack(self._logprobs, 1).tolist()
 
 
 class _Stopping(StoppingCriteria):
-    """Ends a row where its text holds a stop string, and notes after how many tokens."""
+    """Ends a row where its text comes to hold a stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, list(stops)
+        self.tokenizer, self.stops = tokenizer, stops
         # a token carries a byte at least; some more, for those that carry none and a first one that is cut
         self.window = max((len(stop.encode()) for stop in stops), default=0) + 8
-        self._width: int | None = None
-        self._ended: dict[int, int] = {}
+        self._prompt = self._columns = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._width = input_ids.shape[1] - 1 if self._width is None else self._width
-        count = input_ids.shape[1] - self._width
-        tails = input_ids[:, max(self._width, input_ids.shape[1] - self.window) :]
-        for i, text in enumerate(self.tokenizer.batch_decode(tails, skip_special_tokens=True)):
-            if i not in self._ended and any(stop in text for stop in self.stops):
-                self._ended[i] = count
-        return torch.tensor([i in self._ended for i in range(len(input_ids))], device=input_ids.device)
-
-    def ended(self, row: int) -> list[int]:
-        """The tokens of a row up to its stop, as a list of one; empty if it has none."""
-        return [self._ended[row]] if row in self._ended else []
+        columns = input_ids.shape[1]
+        if columns != self._columns + 1:  # the first token of this prompt
+            self._prompt = columns - 1
+        self._columns = columns
+        tails = input_ids[:, max(self._prompt, columns - self.window) :]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        found = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 def _needs(methods: Iterable[Method]) -> tuple[str, ...]:

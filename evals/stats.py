@@ -277,8 +277,9 @@ def _prompt(row: Row) -> str:
 
 def _choices(row: Row) -> list[str]:
     """The continuations that were compared; empty where text was generated."""
-    texts = [argument.get("arg_1") for argument in _arguments(row)]
-    return texts if len(texts) > 1 and all(isinstance(text, str) for text in texts) else []
+    arguments = _arguments(row)
+    texts = [text for argument in arguments if isinstance(text := argument.get("arg_1"), str)]
+    return texts if len(texts) == len(arguments) > 1 else []
 
 
 def _target(row: Row) -> str:

@@ -129,7 +129,12 @@ def evaluate(
     from steerlens.evals.folder import Worker
 
     worker = Worker.of(shard, os.environ)
-    if config is not None:
+    if merge and config is None and tasks is None:
+        from steerlens.evals.job import Job
+
+        assert output is not None
+        job = Job.from_folder(output)
+    elif config is not None:
         job = _from_file(config, output, limit, seed, batch_size, controls, chat, max_new_tokens, backend, given)
     else:
         loaded = _recipe(recipe)
@@ -193,7 +198,7 @@ def _check(
         if twice := [option for name, option in _SELECTING.items() if name in given]:
             raise UsageError(f"--config says which models, steerings and tasks; leave {', '.join(twice)} out")
     else:
-        if tasks is None:
+        if tasks is None and not merge:
             raise UsageError(
                 "give --tasks T,T… with --method or --recipe, or --config JOB.yaml; `list tasks` names tasks"
             )
@@ -345,11 +350,10 @@ def _run(job: Job, how: Any) -> State:
             guard.check_stop()
 
         try:
-            found: State = Evaluation(job, how, advance=advance, note=show.note).run(begin)
+            return Evaluation(job, how, advance=advance, note=show.note).run(begin)
         except guard.Stopped:
             show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
             raise
-        return found
 
 
 def _finish(state: State, output: Path, as_json: bool, *, show_it: bool) -> int:

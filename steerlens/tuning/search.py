@@ -407,7 +407,8 @@ class Search:
             return []
         found = draw_others(best.heads, self.facts, self.settings.controls, self._random)  # type: ignore[attr-defined]
         if not found:
-            chosen = sum(map(len, best.heads.resolve(self.facts).values()))  # type: ignore[attr-defined]
+            table: dict[int, tuple[int, ...]] = best.heads.resolve(self.facts)  # type: ignore[attr-defined]
+            chosen = sum(len(heads) for heads in table.values())
             left = sum(self.facts.heads) - chosen
             self.notes.append(f"no random-head control: {chosen} heads are chosen, {left} are left to draw from")
         return found
