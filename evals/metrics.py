@@ -31,7 +31,9 @@ from steerlens.errors import SteerlensError, nearest
 
 BUILT_IN = ("answers", "choices", "forms", "instructions", "summaries", "turns")
 REPEATS = 4
+"""Times in a row from which something said again is a loop."""
 LOOP = 12
+"""Characters below which nothing is a loop."""
 
 
 class MetricError(SteerlensError, ValueError):
@@ -58,7 +60,7 @@ class Metric:
         aggregate: makes one number of all documents' values.
         paired: whether differences of single documents' values mean something; False where a value is a code that
             only `aggregate` reads.
-        guarded: whether a degenerate last text gives 0 without asking `function`.
+        guarded: whether a degenerate last text that is not the answer gives 0 without asking `function`.
         ready: called with the arguments before a run; raises `MetricError` for what is not installed.
     """
 
@@ -87,8 +89,10 @@ class Metric:
                 f"metric {self.name!r} compares choices: document {_place(doc)} needs a target and a log-likelihood "
                 f"for each of its {len(doc.choices)} choices, not target {doc.target} and {len(output.logprobs)}"
             )
-        if self.output == "generate" and self.guarded and degenerate(output.text):
-            return 0.0
+        if self.output == "generate" and self.guarded:
+            said = output.text.strip()
+            if degenerate(said) and (not said or said != doc.example.answer):
+                return 0.0
         return float(self.function(doc, output, **arguments))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
@@ -191,20 +195,25 @@ def field(doc: Doc, name: str, metric: str) -> Any:
 
 
 def degenerate(text: str) -> bool:
-    """Whether a text holds no letter or digit, or is for more than half one phrase said four times or more in a row.
+    """Whether a text holds no letter or digit, or is for more than half one thing said four times or more in a row.
 
-    Case, space and punctuation do not count; a loop shorter than 12 letters is not one.
+    Case and white space do not count, punctuation may; what takes fewer than 12 characters is no loop.
     """
-    kept = re.sub(r"[\W_]+", "", text.casefold())
-    if not kept:
-        return True
-    codes = np.frombuffer(kept.encode("utf-32-le"), np.uint32)
+    bare = re.sub(r"\s+", "", text.casefold())
+    letters = re.sub(r"[\W_]+", "", bare)
+    return not letters or _loops(letters) or _loops(bare)
+
+
+def _loops(text: str) -> bool:
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     least = max(LOOP, len(codes) // 2 + 1)
     for period in range(1, len(codes) // REPEATS + 1):
         breaks = np.flatnonzero(codes[period:] != codes[:-period])
         runs = np.diff(np.concatenate(([-1], breaks, [len(codes) - period]))) - 1
-        if runs.max() + period >= max(least, REPEATS * period):
-            return True
+        longest = int(runs.argmax())
+        if runs[longest] + period >= max(least, REPEATS * period):
+            start = 0 if longest == 0 else int(breaks[longest - 1]) + 1
+            return any(character.isalnum() for character in text[start : start + period])
     return False
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from steerlens.evals.doc import Doc, Output
 from steerlens.evals.metrics import MetricError, degenerate, field, library, metric
@@ -14,6 +15,29 @@ from steerlens.evals.world import tasks as world
 from steerlens.errors import nearest
 
 UNNAMED = 999
+"""Index of a text that begins with no label."""
+
+
+def _ready(name: str) -> Callable[..., None]:
+    return lambda **_: library("sklearn.metrics", name) and None
+
+
+def _pairs(cells: Sequence[float]) -> tuple[list[int], list[int]]:
+    gold, given = zip(*(divmod(int(cell), 1000) for cell in cells), strict=True)
+    return list(gold), list(given)
+
+
+def _macro_f1(cells: Sequence[float]) -> float:
+    if not len(cells):
+        return math.nan
+    gold, given = _pairs(cells)
+    labels = sorted({*gold, *given} - {UNNAMED})
+    score = library("sklearn.metrics", "macro_f1").f1_score
+    return float(score(gold, given, labels=labels, average="macro", zero_division=0))
+
+
+def _mcc(cells: Sequence[float]) -> float:
+    return float(library("sklearn.metrics", "mcc").matthews_corrcoef(*_pairs(cells))) if len(cells) else math.nan
 
 
 @metric("exact", needs=("answer",))
@@ -76,32 +100,22 @@ def alternative(doc: Doc, output: Output, *, by: str = "follows") -> float:
 @metric("label", needs=("answer",))
 def label(doc: Doc, output: Output, *, labels: Sequence[str]) -> float:
     """1 if the label that the text begins with is the answer; the longest where several fit."""
-    given = _label(output.text, labels)
-    return given is not None and given == _gold(doc, labels, "label")
+    return _gold(doc, labels, "label") == _label(output.text, labels)
 
 
-def _aggregated(score: str, **settings: object) -> object:
-    def aggregate(values: Sequence[float]) -> float:
-        if not len(values):
-            return float("nan")
-        gold, given = zip(*(divmod(int(value), 1000) for value in values), strict=True)
-        if score == "f1_score":
-            settings["labels"] = sorted({*gold, *given} - {UNNAMED})
-        return float(getattr(library("sklearn.metrics", score), score)(gold, given, **settings))
+@metric("macro_f1", needs=("answer",), aggregate=_macro_f1, paired=False, guarded=False, ready=_ready("macro_f1"))
+def macro_f1(doc: Doc, output: Output, *, labels: Sequence[str]) -> float:
+    """Mean F1 of the labels given or right, by scikit-learn; labels as in `label`.
 
-    return aggregate
+    A document's value is its place in the confusion matrix: 1000 times the right label's index plus the given one's.
+    """
+    return _cell(doc, output, labels, "macro_f1")
 
 
-def _cell(doc: Doc, output: Output, *, labels: Sequence[str]) -> float:
-    """The document's place in the confusion matrix: 1000 times the right label's index, plus the given one's."""
-    gold, given = _gold(doc, labels, "macro_f1"), _label(output.text, labels)
-    return 1000 * labels.index(gold) + (UNNAMED if given is None else labels.index(given))
-
-
-_CORPUS = {"needs": ("answer",), "paired": False, "guarded": False}
-_CORPUS["ready"] = lambda **_: library("sklearn.metrics", "macro_f1") and None
-macro_f1 = metric("macro_f1", aggregate=_aggregated("f1_score", average="macro", zero_division=0), **_CORPUS)(_cell)
-mcc = metric("mcc", aggregate=_aggregated("matthews_corrcoef"), **_CORPUS)(_cell)
+@metric("mcc", needs=("answer",), aggregate=_mcc, paired=False, guarded=False, ready=_ready("mcc"))
+def mcc(doc: Doc, output: Output, *, labels: Sequence[str]) -> float:
+    """Matthews correlation coefficient by scikit-learn; no label counts as one more. Values as in `macro_f1`."""
+    return _cell(doc, output, labels, "mcc")
 
 
 def normalize(text: str) -> str:
@@ -128,6 +142,8 @@ def _right(doc: Doc, answers: str | None, name: str) -> list[str]:
     if answers is None:
         return [str(doc.example.answer)]
     found = field(doc, answers, name)
+    if isinstance(found, str):
+        return [found]
     if not isinstance(found, list) or not found:
         raise MetricError(f"metric {name!r}: field {answers!r} is {found!r:.80}; it must be a list of answers")
     return [str(answer) for answer in found]
@@ -139,6 +155,11 @@ def _label(text: str, labels: Sequence[str]) -> str | None:
     begins = re.sub(r"^[\W_]+", "", text).casefold()
     fits = [label for label in labels if re.match(rf"{re.escape(label.casefold())}(?!\w)", begins)]
     return max(fits, key=len, default=None)
+
+
+def _cell(doc: Doc, output: Output, labels: Sequence[str], name: str) -> float:
+    gold, given = _gold(doc, labels, name), _label(output.text, labels)
+    return 1000 * labels.index(gold) + (UNNAMED if given is None else labels.index(given))
 
 
 def _gold(doc: Doc, labels: Sequence[str], name: str) -> str:

@@ -131,8 +131,9 @@ def _verdicts(
     test = judge.test_instruction_following_loose if loose else judge.test_instruction_following_strict
     try:
         return list(test(asked, text).follow_instruction_list)
-    except (TypeError, ValueError) as error:
-        raise MetricError(f"metric {metric!r}: {', '.join(ids)} with {list(kwargs)!r:.200}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        given = f"{', '.join(ids)} with {list(kwargs)!r:.200}"
+        raise MetricError(f"metric {metric!r}: {given}: {type(error).__name__}: {error}") from error
 
 
 def _registry(metric: str) -> ModuleType:
