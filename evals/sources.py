@@ -92,6 +92,12 @@ class World:
 
     generator: Generator
 
+    @property
+    def place(self) -> str:
+        """Its name in messages, with the parameters."""
+        settings = self.generator.model_dump(mode="json", exclude={"rows"})
+        return f"world {self.generator.name} ({', '.join(f'{key}: {value}' for key, value in settings.items())})"
+
     def items(self, limit: int | None, seed: int) -> Iterator[tuple[dict[str, Any], Item]]:
         """Places of the grid, in turn, with an item each; prompts are distinct.
 
@@ -141,7 +147,7 @@ class Table:
     def place(self) -> str:
         """Its name in messages."""
         if isinstance(self.spec, File):
-            return self._path(self.spec.file).as_posix()
+            return str(self._path(self.spec.file))
         named = f"{self.spec.hub} ({self.spec.config})" if self.spec.config else self.spec.hub
         return f"{named}, split {self.spec.split!r}"
 
@@ -191,8 +197,9 @@ class Table:
     @staticmethod
     def _of_file(path: Path) -> Rows:
         try:
-            if not path.read_bytes().strip():
-                raise TaskError(f"{path} holds no document; it needs a JSON object a line")
+            with path.open("rb") as stream:
+                if not any(line.strip() for line in stream):
+                    raise TaskError(f"{path} holds no document; it needs a JSON object a line")
         except OSError as error:
             raise TaskError(f"{path} cannot be read: {error.strerror or error}") from None
         try:

@@ -372,13 +372,17 @@ def load(name: str | os.PathLike[str], **overrides: Any) -> Task:
 
     Args:
         name: a path or a name.
-        overrides: parameters of its data in place of the file's, such as `length=256` or `split="train"`.
+        overrides: parameters of its data in place of the file's, such as `length=256` or `split="train"`; a path
+            among them is relative to the working directory.
 
     Raises:
         TaskError: if there is none, or it does not fit the schema; names the file, the line, the place and, for an
             unknown name, the nearest.
     """
     given = os.fspath(name)
+    for key in ("file", "shots_file"):
+        if isinstance(overrides.get(key), str | os.PathLike):
+            overrides[key] = str(Path(overrides[key]).expanduser().absolute())
     try:
         path = Path(given)
         if path.is_file():
@@ -394,7 +398,7 @@ def load(name: str | os.PathLike[str], **overrides: Any) -> Task:
             f"task {given!r:.200} is neither a file nor a shipped task; known: {', '.join(sorted(shipped))}"
             f"{nearest(given[:80], shipped)}"
         )
-    return _read(shipped[given].read_bytes(), f"{given}.yaml", Path.cwd(), overrides)
+    return _read(shipped[given].read_bytes(), f"{given}.yaml", Path(str(shipped[given])).parent, overrides)
 
 
 def _shipped() -> dict[str, Any]:

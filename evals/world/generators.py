@@ -275,44 +275,47 @@ class Choices(Generator):
 
 
 class MemoTrap(Generator):
-    """Statements said twice, the last one to be completed against a memorised fact: MemoTrap's question.
+    """A question about a memorised fact, behind others that are answered as the context has it: MemoTrap's setting.
 
-    The memorised ending and the stated one are the choices.
+    The stated answer and the memorised one are the choices.
 
     Attributes:
-        statements: against memorised facts; all but the asked one are repeated.
+        answered: questions with their answers before the one that is asked; all statements are against memory.
     """
 
     name: ClassVar[str] = "memo_trap"
     choices: ClassVar[bool] = True
+    groups: ClassVar[frozenset[str]] = Generator.groups | {"demos"}
 
-    statements: Annotated[int, Field(ge=1, le=20)] = 8
-    length: Length = 192
+    answered: Annotated[int, Field(ge=1, le=15)] = 3
+    length: Annotated[int, Field(ge=96, le=LONGEST)] = 128
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (need := 24 * (self.answered + 1)) > self.length:
+            raise ValueError(f"{self.answered} answered questions need a length of {need}, not {self.length}")
+        return self
 
     def draw(self, seed: int, cell: Cell) -> Item:
         rng = self._rng(seed, cell)
         found: dict[tuple[str, str], Fact] = {}
-        while len(found) < self.statements:
+        while len(found) <= self.answered:
             fact = false_memory(rng, "eval")
             found.setdefault((fact.relation, fact.subject), fact)
         asked, *others = found.values()
-        opening = asked.statement.removesuffix(f" {asked.value}.")
-        again = " ".join(fact.statement for fact in rng.sample(others, len(others)))
-        room = self.length - 1 - size(f" {again}") - size(f" {opening}")
-        context, spans = arrange(rng, [asked, *others], room)
-        before = " ".join(part for part in (context, again) if part)
-        prompt = f"{before} {opening}"
+        shown = [f"{ask('', fact.question)} {fact.value}" for fact in others]
+        after = " ".join([*shown, ask("", asked.question)])
+        context, spans = arrange(rng, [asked, *others], self.length - 1 - size(f" {after}"))
+        prompt = f"{context} {after}"
+        demos, at = [], len(context) + 1
+        for text in shown:
+            demos.append((at, at + len(text)))
+            at += len(text) + 1
+        groups = {"emphasis": spans[:1], "gold": spans[:1], "context": [(0, len(context))], "demos": demos}
         memorised = MEMORY[asked.relation, asked.subject]
         options = [asked.value, memorised]
         rng.shuffle(options)
-        groups = {
-            "emphasis": spans[:1],
-            "gold": spans[:1],
-            "context": [(0, len(before))],
-            "query": [(len(before) + 1, len(prompt))],
-        }
-        example = Example(prompt, asked.value, (memorised,), _selectors(prompt, groups), prompt)
-        return Item(example, tuple(options), options.index(asked.value))
+        return Item(_example(prompt, asked.value, groups, (memorised,)), tuple(options), options.index(asked.value))
 
 
 class Constraint(Generator):

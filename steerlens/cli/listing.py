@@ -84,18 +84,26 @@ def recipes() -> list[dict[str, Any]]:
 
 
 def tasks() -> list[dict[str, Any]]:
-    """Every task of the generated world, where it is installed."""
+    """Every shipped task: name, summary, output, metrics (the primary one first), span groups, source of its data."""
     try:
-        world = importlib.import_module("steerlens.evals.world.tasks")
-    except ModuleNotFoundError:
+        task = importlib.import_module("steerlens.evals.task")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("steerlens.evals"):
+            raise
         return []
-    known = getattr(world, "TASKS", {})
-    named = known.items() if isinstance(known, dict) else ((name, None) for name in known)
-    return [{"name": str(name), "summary": _first_sentence(getattr(task, "__doc__", None))} for name, task in named]
-
-
-def _first_sentence(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]
+    loaded = [task.load(name) for name in task.names()]
+    return [
+        {
+            "name": one.name,
+            "summary": one.summary,
+            "output": one.output,
+            "metrics": list(one.metrics),
+            "groups": sorted(one.groups),
+            "data": one.data.place,
+            "offline": one.offline,
+        }
+        for one in loaded
+    ]
 
 
 def _shown(item: dict[str, Any]) -> list[str]:
