@@ -346,7 +346,7 @@ class Job(Part):
     Attributes:
         limit: most documents per task and seed; all unless given.
         batch_size: most documents per batch.
-        batch_tokens: most tokens per batch: its documents times its longest prompt.
+        batch_tokens: most tokens per batch: its rows, one per document or choice, times its longest prompt.
         chat: whether prompts are rendered by the chat template; the task's own choice unless given.
         max_new_tokens: longest answer; the task's own unless given.
         published: figures that the report compares with.

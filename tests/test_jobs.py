@@ -249,16 +249,19 @@ class TestPlan:
 
     @settings(max_examples=100, deadline=None)
     @given(
-        st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 9), st.none() | st.integers(1, 900),
+        st.lists(st.tuples(st.integers(1, 200), st.integers(1, 5)), min_size=1, max_size=60),
+        st.integers(1, 9),
+        st.none() | st.integers(1, 900),
         st.integers(1, 4),
-    )  # fmt: skip
-    def test_batches_and_shares(self, lengths, size, budget, workers):
+    )
+    def test_batches_and_shares(self, prompts, size, budget, workers):
         """Batches part the documents, hold like lengths and keep to the budget; shares part the batches."""
-        batches = cut(lengths, size, budget)
+        lengths, rows = ([prompt[side] for prompt in prompts] for side in (0, 1))
+        batches = cut(lengths, size, budget, rows)
         assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
         for batch in batches:
-            longest = max(lengths[i] for i in batch)
-            assert len(batch) <= size and (budget is None or len(batch) == 1 or len(batch) * longest <= budget)
+            tokens = max(lengths[i] for i in batch) * sum(rows[i] for i in batch)
+            assert len(batch) <= size and (budget is None or len(batch) == 1 or tokens <= budget)
         assert all(min(lengths[i] for i in a) >= max(lengths[i] for i in b) for a, b in itertools.pairwise(batches))
         planned = [Batch(n, "m", "t", 0, docs, ("baseline",)) for n, docs in enumerate(batches)]
         parts = [share(planned, index, workers) for index in range(workers)]
