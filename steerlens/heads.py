@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import random
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -180,6 +181,32 @@ class Heads:
     def empty(self) -> bool:
         """Whether no head is named."""
         return self.table is not None and not any(heads is None or heads for _, heads in self.table)
+
+
+def draw_others(chosen: Heads, facts: ModelFacts, sets: int, rng: random.Random) -> list[Heads]:
+    """Random head sets as large as a chosen one, from the heads that are not in it: its controls.
+
+    Args:
+        chosen: the heads to stay clear of.
+        facts: of the model.
+        sets: how many.
+        rng: of the draw.
+
+    Returns:
+        `sets` head sets, or none where fewer heads are left than are chosen.
+    """
+    taken = {(layer, head) for layer, found in chosen.resolve(facts).items() for head in found}
+    rest = [(layer, head) for layer in facts.attention_layers for head in range(facts.heads[layer])]
+    rest = [head for head in rest if head not in taken]
+    if len(rest) < len(taken):
+        return []
+    drawn = []
+    for _ in range(sets):
+        table: dict[int, list[int]] = {}
+        for layer, head in sorted(rng.sample(rest, len(taken))):
+            table.setdefault(layer, []).append(head)
+        drawn.append(Heads.parse(table))
+    return drawn
 
 
 def _made_for(model: Any) -> tuple[str, int, int] | None:

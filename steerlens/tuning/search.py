@@ -22,7 +22,7 @@ from typing import Any, Literal
 from steerlens.errors import MethodError, SteerlensError
 from steerlens.examples import Example, ExampleError
 from steerlens.facts import ModelFacts
-from steerlens.heads import Heads
+from steerlens.heads import Heads, draw_others
 from steerlens.methods.base import EditMethod
 from steerlens.paired import Difference, difference
 from steerlens.tuning import halving
@@ -405,17 +405,13 @@ class Search:
         """Random head sets of the same size without any of the chosen heads."""
         if not self.units or not self.settings.controls:
             return []
-        chosen = {(layer, h) for layer, found in best.heads.resolve(self.facts).items() for h in found}  # type: ignore[attr-defined]
-        rest = [(layer, h) for layer in self.facts.attention_layers for h in range(self.facts.heads[layer])]
-        rest = [head for head in rest if head not in chosen]
-        if len(rest) < len(chosen):
-            self.notes.append(
-                f"no random-head control: {len(chosen)} heads are chosen, {len(rest)} are left to draw from"
-            )
-            return []
-        return [
-            Heads.parse(_table(sorted(self._random.sample(rest, len(chosen))))) for _ in range(self.settings.controls)
-        ]
+        found = draw_others(best.heads, self.facts, self.settings.controls, self._random)  # type: ignore[attr-defined]
+        if not found:
+            table: dict[int, tuple[int, ...]] = best.heads.resolve(self.facts)  # type: ignore[attr-defined]
+            chosen = sum(len(heads) for heads in table.values())
+            left = sum(self.facts.heads) - chosen
+            self.notes.append(f"no random-head control: {chosen} heads are chosen, {left} are left to draw from")
+        return found
 
     def _with_heads(self, method: EditMethod, heads: Heads) -> EditMethod:
         described = {k: v for k, v in method.to_dict().items() if k != "method"}
