@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from steerlens.evals.doc import Doc
@@ -15,6 +15,9 @@ from steerlens.errors import SpanError
 from steerlens.passes import Prompt
 from steerlens.spans import Spans
 from steerlens.tuning.scoring import Row, continuation, reason, row_spans
+
+if TYPE_CHECKING:
+    from steerlens.evals.task import Task
 
 CHARACTERS = 4
 """Characters of a token, where there is no tokenizer to ask."""
@@ -60,7 +63,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, limit: int | None) -> None:
         self.tokenizer, self.limit = tokenizer, limit
 
-    def item(self, task: Any, doc: Doc, groups: Sequence[str]) -> Item:
+    def item(self, task: Task, doc: Doc, groups: Sequence[str]) -> Item:
         """The document's rows; what keeps it from being run is said in the item."""
         try:
             prompt, missing = self.prompt(task, doc, (), groups)
@@ -71,7 +74,7 @@ class Encoder:
             return Item(doc, error=why(error))
         return Item(doc, rows, missing)
 
-    def turn(self, task: Any, doc: Doc, texts: Sequence[str], groups: Sequence[str]) -> Row:
+    def turn(self, task: Task, doc: Doc, texts: Sequence[str], groups: Sequence[str]) -> Row:
         """The prompt that follows the model's answers, one per turn so far.
 
         Raises:
@@ -83,7 +86,7 @@ class Encoder:
         self._check_room([row], task.max_new_tokens)
         return row
 
-    def prompt(self, task: Any, doc: Doc, texts: Sequence[str], groups: Sequence[str]) -> tuple[Row, dict[str, str]]:
+    def prompt(self, task: Task, doc: Doc, texts: Sequence[str], groups: Sequence[str]) -> tuple[Row, dict[str, str]]:
         """A prompt behind `texts` turns as a row, and why groups of it are missing."""
         found: dict[str, list[Any]] = {}
         missing = {}
@@ -112,7 +115,7 @@ class Encoder:
         ids = inputs["input_ids"][0].tolist()
         return Row(ids, len(ids), {group: rows[0] for group, rows in spans.groups.items()}), missing
 
-    def _choices(self, task: Any, doc: Doc, prompt: Row) -> tuple[Row, ...]:
+    def _choices(self, task: Task, doc: Doc, prompt: Row) -> tuple[Row, ...]:
         if not doc.choices:
             raise SpanError("it has no choices")
         text = doc.example.prompt if isinstance(doc.example.prompt, str) and not task.chat else None
@@ -142,7 +145,7 @@ def messages(doc: Doc, texts: Sequence[str]) -> str | Chat:
     return chat
 
 
-def length(tokenizer: Any, task: Any, doc: Doc) -> int:
+def length(tokenizer: Any, task: Task, doc: Doc) -> int:
     """Tokens of the longest prompt of a document, its longest choice included; for planning.
 
     Args:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from steerlens.errors import SteerlensError, nearest
-from steerlens.examples import objects, read_text
 from steerlens.paired import Difference, difference, holm, minimum_detectable, sign
 
 _DATED = re.compile(r"(?P<name>.+)_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)")
@@ -241,8 +240,8 @@ def load(folder: str | Path) -> Run:
         folder: the one that holds `results_<date>.json`, one above it, or the results file itself.
 
     Raises:
-        CompareError: if there are no results or several runs, no samples, or a row that cannot be paired.
-        ExampleError: for a file that cannot be read, or a line that is no JSON object, naming file and line.
+        CompareError: if there are no results or several runs, no samples, or a row that cannot be read or paired; the
+            message names file and line.
     """
     path = newest(folder)
     return _run(path, _date(path))
@@ -272,10 +271,12 @@ def results_of(path: Path) -> dict[str, Any]:
     """What a results file holds.
 
     Raises:
-        CompareError: if it is not JSON, naming file and line, or is no results file.
+        CompareError: if it cannot be read, is not JSON, naming file and line, or is no results file.
     """
     try:
-        results = json.loads(read_text(path))
+        results = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompareError(f"{path} cannot be read: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise CompareError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON: {error}") from None
     if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
@@ -370,7 +371,7 @@ def _run(path: Path, date: str) -> Run:
     for file in sorted(path.parent.glob(f"samples_*_{date}.jsonl")):
         named = _DATED.fullmatch(file.stem)
         assert named is not None
-        for where, row in objects(file):
+        for where, row in _rows(file):
             task = str(row.get("task", named["name"].removeprefix("samples_")))
             rows = samples.setdefault(task, {})
             key = _key(where, row)
@@ -402,14 +403,35 @@ def _run(path: Path, date: str) -> Run:
     )
 
 
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a file, each behind the "file:line" where it stands; texts may hold halves of characters."""
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise CompareError(f"{path} cannot be read: {error.strerror or error}") from None
+    with stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CompareError(f"{path}:{number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise CompareError(f"{path}:{number}: {str(row)[:60]!r} is not a JSON object")
+            yield f"{path}:{number}", row
+
+
 def _key(where: str, row: Row) -> Key:
-    for name, kind in (("doc_id", int), ("doc_hash", str)):
+    row.setdefault("seed", 0)
+    row.setdefault("filter", "none")
+    for name, kind in (("doc_id", int), ("doc_hash", str), ("seed", int), ("filter", str)):
         if not isinstance(row.get(name), kind):
             raise CompareError(
                 f"{where}: {name!r} is {row.get(name)!r:.60}; rows are paired by it, so it must be "
                 f"{'a number' if kind is int else 'a text'}, as lm-eval since 0.4.3 and steerlens write it"
             )
-    return str(row.get("filter", "none")), row["doc_hash"], int(row.get("seed") or 0), row["doc_id"]
+    return row["filter"], row["doc_hash"], row["seed"], row["doc_id"]
 
 
 def _date(path: Path) -> str:

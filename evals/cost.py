@@ -164,7 +164,7 @@ def _task(
     batches = [
         [docs[i] for i in batch]
         for docs in draws
-        for batch in cut([d.length for d in docs], job.batch_size, job.batch_tokens)
+        for batch in cut([d.length for d in docs], job.batch_size, job.batch_tokens, [d.rows for d in docs])
     ]
     for batch in batches:
         _add(cost, batch, new, shape)
@@ -220,7 +220,11 @@ def _draws(job: Job, name: str, documents: Documents, known: Known, declared: li
         return None
     by = "the job" if isinstance(task, LmTask) else "the task"
     declared.append(f"documents and prompt tokens: declared by {by} ({rows} and {tokens}, limit {limit})")
-    return [[_Doc(tokens)] * count for _ in range(seeds)]
+    choices = None if isinstance(task, LmTask) else task.config.get("choices")
+    if isinstance(task, LmTask) or (task.output == "choices" and not isinstance(choices, list)):
+        declared.append("choices: their number is unknown, each document is counted once")
+    doc = _Doc(tokens, len(choices), 1, _longest(choices)) if isinstance(choices, list) else _Doc(tokens)
+    return [[doc] * count for _ in range(seeds)]
 
 
 def _measured(task: Any, docs: Sequence[Any], known: Known, declared: list[str]) -> list[_Doc]:

@@ -96,6 +96,7 @@ class Evaluation:
         Raises:
             JobError: if the folder is not this job's, or is at work; nothing is written then.
         """
+        from accelerate.utils.memory import clear_device_cache
         from steerlens.evals import metrics
 
         options, folder = self.options, Folder(self.options.output)
@@ -110,10 +111,12 @@ class Evaluation:
             begin(sum(b.runs for b in mine), sum(b.runs for b in mine if b.id in done))
             for name, batches in groupby(todo, key=lambda batch: batch.model):
                 self._model(folder, self.job.model(name), list(batches))
+                # the next model needs the room
+                clear_device_cache(garbage_collection=True)
         return finish(self.job, folder, self._described())
 
     def _model(self, folder: Folder, entry: ModelEntry, batches: Sequence[Batch]) -> None:
-        from steerlens.evals.runner import Runner, validate
+        from steerlens.evals.runner import Runner
 
         model, tokenizer = load(entry, self.options.worker, self.options.device)
         runner = Runner(model, tokenizer, backend=self.job.backend)
@@ -126,7 +129,6 @@ class Evaluation:
                     if isinstance(task, LmTask):
                         rows, seconds, extra = self._lm_eval(runner, task, used[0], batch)
                     else:
-                        validate(task, used, runner.facts)
                         docs = self.documents.checked(name, batch.seed, folder.plan.digests[f"{name}|{batch.seed}"])
                         rows, seconds = self._batch(runner, cache, task, [docs[i] for i in batch.docs], used, batch)
                         extra = {}

@@ -243,10 +243,10 @@ class Folder:
         try:
             while data:
                 data = data[os.write(self._handle, data) :]
-            os.fsync(self._handle)
         except BaseException:
             os.ftruncate(self._handle, before)
             raise
+        os.fsync(self._handle)
 
     def done(self) -> dict[int, End]:
         """The finished batches of all workers, by id."""

@@ -5,9 +5,10 @@
 
 is lm-eval's own command line, all its flags included, with a further model (see `harness_lm.SteerlensLM`); data
 parallel under `accelerate launch -m steerlens.evals.harness run …`. Values that hold commas need JSON: `--model_args
-'{"pretrained": "tiny", "methods": [{"method": "pasta", "alpha": 0.1}]}'`.
+'{"pretrained": "tiny", "methods": [{"method": "pasta", "alpha": 0.1}]}'`. Processes on CPUs are torchrun's:
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m steerlens.evals.harness run …`.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with sample errors.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with sample errors. Launchers have their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from steerlens.evals.harness_options import HarnessError
 
 from steerlens.errors import HeadError, MethodError, RecipeError, SpanError, SteerlensError, nearest
 
@@ -44,12 +47,6 @@ SAMPLE_ERRORS = 3
 
 class MissingError(SteerlensError, RuntimeError):
     """lm-eval is not installed."""
-
-    exit_code = 2
-
-
-class EntryError(SteerlensError, ValueError):
-    """A task entry that says something lm-eval has no place for."""
 
     exit_code = 2
 
@@ -103,15 +100,16 @@ def run(
         SteerlensError: before the run, where steering and task do not fit.
     """
     _require()
-    for key in entry:
-        if key not in KEYS:
-            raise EntryError(f"lm_eval task: unknown key {key!r}; allowed: {', '.join(KEYS)}{nearest(key, KEYS)}")
     from steerlens.evals import harness_tasks
     from steerlens.evals.harness_lm import SteerlensLM
 
-    metadata = json.dumps({"pretrained": name} | dict(entry.get("metadata") or {}), sort_keys=True)
+    for key in entry:
+        if key not in KEYS:
+            raise HarnessError(f"lm_eval task: unknown key {key!r}; allowed: {', '.join(KEYS)}{nearest(key, KEYS)}")
+    settings = {key: value for key, value in entry.items() if key != "limit"}
+    settings["metadata"] = {"pretrained": name} | dict(entry.get("metadata") or {})
     with _quiet():
-        tasks, loaded = harness_tasks.load(entry["lm_eval"], entry.get("include_path"), metadata)
+        tasks, loaded = harness_tasks.load(json.dumps(settings, sort_keys=True))
         lm = SteerlensLM(
             model,
             tokenizer=tokenizer,
@@ -143,13 +141,15 @@ def run(
             )
     assert results is not None
     results["config"]["model"] = "steerlens"
+    samples = results.pop("samples")
     where = {"model": lm.name, "steering": steering.label}
     rows = [
-        where | {"task": task, "seed": seed} | harness_tasks.plain(row)
-        for task, found in results.pop("samples").items()
+        where | {"task": task, "seed": seed} | harness_tasks.plain_row(row)
+        for task, found in samples.items()
         for row in found
     ]
-    return results, rows
+    results["task_hashes"] = harness_tasks.hashes(samples)
+    return harness_tasks.plain(results), rows
 
 
 def main() -> int:

@@ -20,25 +20,26 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
-from steerlens.evals.doc import BASELINE, Steering
+from steerlens.evals.doc import Steering
+from steerlens.evals.harness_options import HarnessError, steering_of, tags_of
+from steerlens.evals.harness_record import FailedScore, FailedSum, FailedText, recording
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import steerlens
-from steerlens import backends, decoder, methods, models, selectors
-from steerlens.errors import MethodError, SpanError, SteerlensError, nearest
+from steerlens import backends, caches, decoder, models, selectors
+from steerlens.edits import Reweight, Sinks
+from steerlens.errors import MethodError, SpanError, nearest
 from steerlens.methods.base import DecodingMethod, EditMethod, Method, PromptMethod
 from steerlens.recipe import Recipe, load_recipe
 from steerlens.spans import Range, Spans
 
-DEFAULT_TAG = {"emphasis": "em"}
 FIRST = 8
 """So many documents of a task are looked at for tags before a run."""
 _CACHE_KEY = "steerlens"
@@ -46,62 +47,6 @@ _HFLM_BACKENDS = ("default", "causal", "seq2seq")
 
 Located = tuple[tuple[str, tuple[Range, ...]], ...]
 """Per span group its token ranges, hashable."""
-
-
-class HarnessError(SteerlensError, ValueError):
-    """A run through lm-eval that cannot be what its options say."""
-
-    exit_code = 2
-
-
-class Failed:
-    """A response that does not exist, and why; holds the place of one in lm-eval."""
-
-    reason: str
-
-    def __getnewargs__(self) -> tuple[str]:
-        return (self.reason,)
-
-
-class FailedScore(Failed, tuple):  # type: ignore[type-arg]
-    """In place of a log-likelihood and whether it is greedy."""
-
-    def __new__(cls, reason: str) -> FailedScore:
-        failed = super().__new__(cls, (math.nan, False))
-        failed.reason = reason
-        return failed
-
-
-class FailedText(Failed, str):
-    """In place of a generated text."""
-
-    def __new__(cls, reason: str) -> FailedText:
-        failed = super().__new__(cls, "")
-        failed.reason = reason
-        return failed
-
-
-class FailedSum(Failed, float):
-    """In place of the log-likelihood of a whole text."""
-
-    def __new__(cls, reason: str) -> FailedSum:
-        failed = super().__new__(cls, math.nan)
-        failed.reason = reason
-        return failed
-
-
-@dataclasses.dataclass
-class Recording:
-    """A run in which bad samples are recorded; without one, the first of them ends the run.
-
-    Attributes:
-        lm: the model of the run, once it is made.
-    """
-
-    lm: SteerlensLM | None = None
-
-
-recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +102,11 @@ class SteerlensLM(HFLM):
     ) -> None:
         loaded = None if recipe is None else load_recipe(recipe)
         if steering is None:
-            steering, arguments = _steering(method, methods, loaded, arguments)
+            steering, arguments = steering_of(method, methods, loaded, arguments)
         elif method or methods or recipe:
             raise HarnessError("steering= is given, and so is method=, methods= or recipe=: give one of them")
         self.steering, self.methods = steering, list(steering.methods)
-        self.tags = _tags(tags)
+        self.tags = tags_of(tags)
         for needed, group in self._needs():
             if group not in self.tags:
                 raise HarnessError(
@@ -191,19 +136,23 @@ class SteerlensLM(HFLM):
         except TypeError as error:
             if (unknown := re.search(r"unexpected keyword argument '(.+?)'", str(error))) is None:
                 raise
-            known = [f.name for m in self.methods for f in dataclasses.fields(m)]
+            parameters = [f.name for m in self.methods for f in dataclasses.fields(m)]
             owner = " + ".join(m.name for m in self.methods) or "a method, as none is given"
+            hint = nearest(unknown[1], parameters)
             raise MethodError(
-                f"{unknown[1]!r} is no argument of the model and no parameter of {owner}{nearest(unknown[1], known)}"
+                f"{unknown[1]!r} is no argument of the model and no parameter of {owner}{hint}"
             ) from error
         if hasattr(self, "accelerator"):
             # lm-eval counts GPUs: processes on CPUs, or on nodes of one GPU, would each run everything.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._row_by_row = False
         if self.methods:
             if loaded is not None:
                 loaded.check(decoder.read(decoder.find(self.model))[0])
-            with self._steered(self._stand_in(1)):
-                pass
+            with self._steered(self._stand_in(1)) as steered:
+                edits = [edit for found in steered.plan.values() for edit in found]
+            keys = [edit.keys for edit in edits if isinstance(edit, Reweight)]
+            self._row_by_row = any(isinstance(key, Sinks) and key.running for key in keys)
         if (run := recording.get()) is not None:
             run.lm = self
 
@@ -336,7 +285,7 @@ class SteerlensLM(HFLM):
         order = sorted(forwards.values(), key=lambda f: (-len(rows[f[0]].ids), rows[f[0]].ids))
         auto = self.batch_size == "auto" and not override_bs
         if auto:
-            self.batch_sizes = {}
+            self.batch_sizes: dict[Any, int] = {}
         parts = [
             (None, list(rows[f[0]].ids[: rows[f[0]].start]), list(rows[f[0]].ids[rows[f[0]].start :])) for f in order
         ]
@@ -361,11 +310,25 @@ class SteerlensLM(HFLM):
         bar.close()
         return found
 
-    def _score_by_forward(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Log-probabilities [B, T, V] after each token but the last."""
+    def _score_by_forward(self, rows: Sequence[Row]) -> Sequence[torch.Tensor]:
+        """Log-probabilities [T, V] after each token but the last, per row."""
+        if self._row_by_row:
+            return [self._score_in_steps(row) for row in rows]
         inputs = pad_sequence([torch.tensor(row.ids[:-1]) for row in rows], batch_first=True).to(self.device)
         with self._meaning(rows):
             return torch.nn.functional.log_softmax(self._model_call(inputs), dim=-1, dtype=self.softmax_dtype)
+
+    def _score_in_steps(self, row: Row) -> torch.Tensor:
+        """As `_score_by_forward`, one generated token at a time: for edits that every generated row renews."""
+        ids = torch.tensor([row.ids[:-1]], device=self.device)
+        lengths = [row.prompt] + [1] * (ids.shape[1] - row.prompt)
+        found, cache = [], None
+        with self._steered(_spans([row]), (row.prompt,)), self._computing():
+            for part in ids.split(lengths, dim=1):
+                output = self.model(part, use_cache=True, **{caches.NAME: cache})
+                cache = caches.find(output)
+                found.append(output.logits[0])
+        return torch.nn.functional.log_softmax(torch.cat(found), dim=-1, dtype=self.softmax_dtype)
 
     def _score_by_method(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
         assert self._decoding is not None
@@ -621,53 +584,3 @@ def _prompt_only(method: EditMethod, model: Any) -> bool:
     facts, _ = decoder.read(decoder.find(model))
     edits = [edit for found in method.plan(facts, None).values() for edit in found]
     return bool(edits) and all(edit.phase in ("prompt", "prefill") for edit in edits)
-
-
-def _tags(given: Any) -> dict[str, str]:
-    """`{group: tag}`."""
-    if not given:
-        return {}
-    if given is True:
-        return dict(DEFAULT_TAG)
-    if isinstance(given, Mapping):
-        found = {str(group): tag for group, tag in given.items()}
-    else:
-        pairs = [pair.strip().partition(":") for pair in str(given).split(";")]
-        found = {group or "emphasis": tag for tag, _, group in pairs}
-    for tag in found.values():
-        if not isinstance(tag, str) or not re.fullmatch(r"[\w.-]+", tag):
-            raise HarnessError(f"tags={given!r}: {tag!r} is no tag's name; for example tags=em:emphasis")
-    return found
-
-
-def _steering(
-    names: str | None, described: Any, recipe: Recipe | None, arguments: dict[str, Any]
-) -> tuple[Steering, dict[str, Any]]:
-    """The steering that model arguments describe, and the arguments that are the model's."""
-    parts: list[dict[str, Any]] = [m.to_dict() for m in recipe.methods] if recipe else []
-    if isinstance(described, str):
-        try:
-            described = json.loads(described)
-        except ValueError as error:
-            raise HarnessError(f"methods={described!r:.80} is not JSON: {error}") from None
-    if isinstance(described, Mapping | Method):
-        described = [described]
-    given = [m.to_dict() if isinstance(m, Method) else dict(m) for m in described or ()]
-    parts += given + [{"method": methods.get(name.strip()).name} for name in names.split("+")] if names else given
-    fields = {d["method"]: {f.name for f in dataclasses.fields(methods.get(d["method"]))} for d in parts}
-    rest = {}
-    for key, value in arguments.items():
-        owner, dot, parameter = key.rpartition(".")
-        if dot and owner not in fields:
-            raise HarnessError(f"{key}={value!r}: {owner!r} is not a method of this run; it has {', '.join(fields)}")
-        owners = [owner] if dot else [name for name, known in fields.items() if key in known]
-        if len(owners) > 1:
-            raise HarnessError(f"{key}={value!r}: {' and '.join(owners)} both have it; write {owners[0]}.{key}=…")
-        if not owners:
-            rest[key] = value
-        for part in parts:
-            if part["method"] in owners:
-                part[parameter] = value
-    found = tuple(methods.from_dict(part) for part in parts)
-    label = recipe.name if recipe else "+".join(m.name for m in found) or BASELINE
-    return Steering(label, found, "method" if found else "baseline"), rest

@@ -15,8 +15,11 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval.evaluator import simple_evaluate
-from lm_eval.utils import handle_non_serializable
-from steerlens.evals.harness_lm import Failed, HarnessError, Recording, recording
+from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import handle_non_serializable, hash_string
+from steerlens.evals.harness_lm import SteerlensLM
+from steerlens.evals.harness_options import HarnessError
+from steerlens.evals.harness_record import Failed, Recording, recording
 
 from steerlens.errors import nearest
 
@@ -50,18 +53,11 @@ class Tasks(lm_eval.tasks.TaskManager):
         return name in self._index or Path(name).is_file()
 
     def match_tasks(self, task_list: list[str]) -> list[str]:
-        """Names that match patterns."""
-        if any(name not in self._index for name in task_list):
+        """Names that match patterns; a folder's path is none."""
+        if any(name not in self._index and not ("/" in name and Path(name).is_dir()) for name in task_list):
             self.build_defaults()
         found: list[str] = super().match_tasks(task_list)
         return found
-
-    @property
-    def all_tasks(self) -> list[str]:
-        """Every name."""
-        if not self._later:
-            return list(self._all_tasks)
-        return list(self._index)
 
     def list_all_tasks(self, *args: Any, **kwargs: Any) -> str:
         """A table of all tasks."""
@@ -80,38 +76,31 @@ class Tasks(lm_eval.tasks.TaskManager):
 
     def _members(self, spec: Any) -> Iterator[str]:
         """The names that a task or group is made of, as far as they are not defined in it."""
-        if isinstance(spec, str):
-            entry = self._index.get(spec)
-            if entry is None and Path(spec).is_file():
-                entry = lm_eval.tasks.TaskIndex.entry_from_path(Path(spec))
-                spec = lm_eval.tasks.manager.load_yaml(Path(spec), resolve_func=False)
-            elif entry is None:
-                yield spec
-                return
-            else:
-                spec = entry.cfg or {}
-        if isinstance(spec, dict) and isinstance(spec.get("task"), list):
-            for member in spec["task"]:
-                if isinstance(member, dict) and not isinstance(member.get("task"), str):
-                    yield from self._members(member)
-                elif isinstance(member, str) or "dataset_path" not in member:
-                    name = member if isinstance(member, str) else member["task"]
-                    if name in self._index:
-                        yield from self._members(name)
-                    else:
-                        yield name
+        if isinstance(spec, str) and spec in self._index:
+            spec = self._index[spec].cfg
+        elif isinstance(spec, str) and Path(spec).is_file():
+            spec = load_yaml(Path(spec), resolve_func=False)
+        elif isinstance(spec, str):
+            yield spec
+        if not isinstance(spec, dict) or not isinstance(spec.get("task"), list):
+            return
+        for member in spec["task"]:
+            if isinstance(member, str) or isinstance(member.get("task"), list):
+                yield from self._members(member)
+            elif "dataset_path" not in member:
+                yield from self._members(member.get("group", member.get("task")))
 
 
-def evaluate(*args: Any, log_samples: bool = True, **kwargs: Any) -> dict[str, Any] | None:
+def evaluate(model: Any, *args: Any, log_samples: bool = True, **kwargs: Any) -> dict[str, Any] | None:
     """lm-eval's `simple_evaluate`, with sample errors.
 
     Returns:
         Its results, where the rows of failed samples have "error" and no responses, and `config["steerlens_errors"]`
         lists them as {"task", "doc_id", "error"}; None in other processes than the first.
     """
-    token = recording.set(Recording())
+    token = recording.set(Recording(model if isinstance(model, SteerlensLM) else None))
     try:
-        results: Any = simple_evaluate(*args, log_samples=True, **kwargs)
+        results: Any = simple_evaluate(model, *args, log_samples=True, **kwargs)
     finally:
         recording.reset(token)
     if results is None:
@@ -126,7 +115,7 @@ def evaluate(*args: Any, log_samples: bool = True, **kwargs: Any) -> dict[str, A
     errors = [{"task": task, "doc_id": doc_id, "error": error} for (task, doc_id), error in failed.items()]
     results["config"]["steerlens_errors"] = errors
     for task in results["samples"]:
-        results["results"][task]["sample_errors"] = sum(e["task"] == task for e in errors)
+        results["results"][task]["sample_errors"] = sum(error["task"] == task for error in errors)
     if not log_samples:
         del results["samples"]
     return dict(results)
@@ -141,23 +130,35 @@ def check(names: Sequence[str], include_path: Any = None) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load(name: str, include_path: str | None, metadata: str) -> tuple[Tasks, Any]:
-    """A task by name or YAML file with its data, read once for all runs; `metadata` as JSON."""
-    tasks = Tasks(include_path=include_path, metadata=json.loads(metadata))
+def load(entry: str) -> tuple[Tasks, list[Any]]:
+    """A task entry (as JSON) with its data, read once for all its runs: lm-eval writes settings into its tasks."""
+    settings = json.loads(entry)
+    name = settings["lm_eval"]
+    tasks = Tasks(include_path=settings.get("include_path"), metadata=settings.get("metadata"))
     if not tasks.known(name):
         raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
     loaded = tasks.load([name])
     return tasks, list(loaded["groups"].values()) or list(loaded["tasks"].values())
 
 
-def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A sample row as lm-eval writes it into a file, plain JSON types."""
+def plain(value: Any) -> Any:
+    """Plain JSON types, as lm-eval writes results into a file."""
+    return json.loads(json.dumps(value, default=handle_non_serializable))
+
+
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample row as lm-eval writes it into a file."""
     arguments = {
         f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(given)}
         for i, given in enumerate(row["arguments"])
     }
-    changed = {"arguments": arguments, "target": str(row["target"])}
-    return dict(json.loads(json.dumps(row | changed, default=handle_non_serializable)))
+    return dict(plain(row | {"arguments": arguments, "target": str(row["target"])}))
+
+
+def hashes(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """A digest of each task's documents, prompts and targets, as lm-eval makes it."""
+    keys = ("doc_hash", "prompt_hash", "target_hash")
+    return {task: hash_string("".join(row[key] for row in rows for key in keys)) for task, rows in samples.items()}
 
 
 def _keep_out_failures(task: Any) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _MOST_PROBLEMS = 20
 _NOT_COMPARED = ("output",)
+_PLACEMENT = ("device_map", "gpus_per_replica")
 _COMPUTED = ("fingerprint", "task_fingerprints")
 
 
@@ -210,15 +211,16 @@ def _swept(methods: Sequence[Method], key: str) -> tuple[int, str]:
     known = [
         (place, field)
         for place, method in enumerate(methods)
-        if not dot or method.name == name
-        for field in method.to_dict()
-        if field not in ("method", "heads")
+        for field, value in method.to_dict().items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     ]
-    found = [(place, field) for place, field in known if field == parameter]
+    found = [
+        (place, field) for place, field in known if field == parameter and (not dot or methods[place].name == name)
+    ]
     if len(found) != 1:
-        full = [f"{method.name}.{field}" for method in methods for field in method.to_dict() if field != "method"]
-        why = "is there more than once" if found else "is no parameter of these methods"
-        raise ValueError(f"sweep: {key!r} {why}; they have {', '.join(full)}{nearest(key, full)}")
+        full = [f"{methods[place].name}.{field}" for place, field in known]
+        why = "is there more than once" if found else "is no number of these methods"
+        raise ValueError(f"sweep: {key!r} {why}; they have {', '.join(full) or 'none'}{nearest(key, full)}")
     return found[0]
 
 
@@ -344,7 +346,7 @@ class Job(Part):
     Attributes:
         limit: most documents per task and seed; all unless given.
         batch_size: most documents per batch.
-        batch_tokens: most tokens per batch: its documents times its longest prompt.
+        batch_tokens: most tokens per batch: its rows, one per document or choice, times its longest prompt.
         chat: whether prompts are rendered by the chat template; the task's own choice unless given.
         max_new_tokens: longest answer; the task's own unless given.
         published: figures that the report compares with.
@@ -435,7 +437,7 @@ class Job(Part):
         for index, entry in enumerate(self.steerings):
             where = _where(source, lines, ("steerings", index))
             try:
-                entries.append(found := entry.resolved())
+                found = entry.resolved()
                 for steering in found.steerings():
                     first = labels.setdefault(slug(steering.label).lower(), steering.label)
                     if first is not steering.label:
@@ -443,6 +445,7 @@ class Job(Part):
                             f"the label {steering.label!r} is taken by {first!r} (letters, digits and '.=+-' tell "
                             "labels apart); give another 'label'"
                         )
+                entries.append(found)
             except SteerlensError as error:
                 if getattr(error, "exit_code", 2) != 2:
                     raise
@@ -568,8 +571,11 @@ class Job(Part):
         return json.loads(self.model_dump_json(by_alias=True, exclude_none=True))
 
     def compared(self) -> dict[str, Any]:
-        """All that shapes the results, by key: what two runs in one folder must share."""
+        """All that shapes the results, by key: what two runs in one folder must share; where they run may change."""
         shaping = {key: value for key, value in self.to_dict().items() if key not in _NOT_COMPARED}
+        shaping["models"] = [
+            {key: value for key, value in model.items() if key not in _PLACEMENT} for model in shaping["models"]
+        ]
         return shaping | {"task_fingerprints": {name: task.fingerprint for name, task in self.loaded.items()}}
 
     @property

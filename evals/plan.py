@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,8 @@ def know(entry: ModelEntry, *, offline: bool = False) -> Known:
     if entry.shape is not None:
         _check_shape(entry, shape)
     dtype = getattr(config, "dtype", None)
+    # a path of the installation says less than the alias
+    facts = replace(facts, name=entry.name)
     return Known(facts, shape, None, None if dtype is None else str(dtype).removeprefix("torch."), tokenizer)
 
 
@@ -325,7 +327,8 @@ def _draws(
         docs = documents.of(name, seed)
         digests[f"{name}|{seed}"] = digest_of(docs)
         lengths = lengths_of(known.tokenizer, task, docs)
-        yield seed, [(ids, labels) for ids in cut(lengths, job.batch_size, job.batch_tokens)]
+        rows = [max(1, len(doc.choices)) for doc in docs]
+        yield seed, [(ids, labels) for ids in cut(lengths, job.batch_size, job.batch_tokens, rows)]
 
 
 def lengths_of(tokenizer: Any, task: Task, docs: Sequence[Doc]) -> list[int]:
@@ -335,26 +338,29 @@ def lengths_of(tokenizer: Any, task: Task, docs: Sequence[Doc]) -> list[int]:
     return [batch.length(tokenizer, task, doc) for doc in docs]
 
 
-def cut(lengths: Sequence[int], batch_size: int, batch_tokens: int | None = None) -> list[tuple[int, ...]]:
+def cut(
+    lengths: Sequence[int], batch_size: int, batch_tokens: int | None = None, rows: Sequence[int] | None = None
+) -> list[tuple[int, ...]]:
     """Indices in batches of like lengths, the longest first.
 
     Args:
         lengths: tokens per prompt.
         batch_size: most prompts of a batch.
         batch_tokens: most padded tokens of a batch; one prompt alone may have more.
+        rows: how often each prompt is run, once per choice; once unless given.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    found: list[tuple[int, ...]] = []
-    start = 0
-    while start < len(order):
-        size = (
-            batch_size
-            if batch_tokens is None
-            else min(batch_size, max(1, batch_tokens // max(1, lengths[order[start]])))
-        )
-        found.append(tuple(sorted(order[start : start + size])))
-        start += size
-    return found
+    found: list[list[int]] = []
+    longest = count = 0
+    for i in order:
+        more = 1 if rows is None else rows[i]
+        full = not found or len(found[-1]) == batch_size
+        if full or (batch_tokens is not None and (count + more) * longest > batch_tokens):
+            found.append([])
+            longest, count = lengths[i], 0
+        found[-1].append(i)
+        count += more
+    return [tuple(sorted(batch)) for batch in found]
 
 
 def _check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Sequence[Mapping[str, str]]) -> None:

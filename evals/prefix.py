@@ -54,8 +54,9 @@ class Prefix:
     def keep(self, cache: Any) -> None:
         """Keep the cache of the unsteered run, if it holds every layer in full."""
         layers = cache.layers if type(cache) is DynamicCache and not cache.offloading else []
-        full = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
-        self._layers = [(layer.keys, layer.values) for layer in layers] if full else []
+        # a window, a quantised or a recurrent state is another kind of layer
+        full = [layer for layer in layers if type(layer) is DynamicLayer and layer.is_initialized]
+        self._layers = [(layer.keys, layer.values) for layer in full] if len(full) == len(layers) else []
 
     def drop(self) -> None:
         """Forget what was kept."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 from steerlens.evals import batch as batches
 from steerlens.evals.batch import Batch, Encoder, Item, describe
 from steerlens.evals.doc import Doc, Outcome, Output, Steering
@@ -27,6 +28,11 @@ from steerlens.heads import Heads
 from steerlens.methods.base import DecodingMethod, Method, PromptMethod
 from steerlens.tuning.scoring import Row
 
+if TYPE_CHECKING:
+    from steerlens.evals.task import Task
+
+logger = logging.getLogger("steerlens")
+
 Found = dict[str, list[Outcome]]
 
 
@@ -36,7 +42,7 @@ class RunnerError(SteerlensError, ValueError):
     exit_code = 2
 
 
-def validate(task: Any, steerings: Sequence[Steering], facts: ModelFacts | None = None) -> None:
+def validate(task: Task, steerings: Sequence[Steering], facts: ModelFacts | None = None) -> None:
     """Check, before anything runs, that the steerings can act on the task and on the model.
 
     Args:
@@ -86,15 +92,16 @@ class Runner:
         """Prompt tokens that steered runs took over from the unsteered one."""
         return 0 if self.prefix is None else self.prefix.saved
 
-    def length(self, task: Any, doc: Doc) -> int:
+    def length(self, task: Task, doc: Doc) -> int:
         """Tokens of a document's prompt, for planning; see `steerlens.evals.batch.length`."""
         return batches.length(self.tokenizer, task, doc)
 
-    def run(self, task: Any, docs: Sequence[Doc], steerings: Sequence[Steering], *, seed: int = 0) -> Found:
+    def run(self, task: Task, docs: Sequence[Doc], steerings: Sequence[Steering], *, seed: int = 0) -> Found:
         """What the model gives for each document under each steering.
 
         A document that cannot be run, alone or for lack of memory, has an error instead of an output. Texts are decoded
-        greedily by the model's own generation config.
+        greedily by the model's own generation config, and end with a stop string, or the EOS of tokenizer or config. Of
+        a choice that a decoding method scores itself, only tokens above one half are known to be greedy.
 
         Args:
             task: what to do with the documents (`output`, `max_new_tokens`, `stop`, `chat`).
@@ -126,9 +133,13 @@ class Runner:
         except Exception as error:
             if isinstance(error, SteerlensError) and not isinstance(error, SpanError | ExampleError):
                 raise
-            memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+            memory = _lacks_memory(error)
+            if not memory and isinstance(error, getattr(torch, "AcceleratorError", ())):
+                raise  # the device computes nothing after it
             said = batches.why(error)
         # behind the handler, whose traceback holds what is to be freed
+        if len(items) > 1:
+            logger.warning("%s: a batch of %d documents failed (%s): trying halves", job.task.name, len(items), said)
         if memory:
             clear_device_cache(garbage_collection=True)
         if len(items) > 1:
@@ -154,7 +165,7 @@ class _Part:
 class _Job:
     """One task on one model."""
 
-    def __init__(self, runner: Runner, task: Any, encoder: Encoder, seed: int) -> None:
+    def __init__(self, runner: Runner, task: Task, encoder: Encoder, seed: int) -> None:
         self.runner, self.task, self.encoder, self.seed = runner, task, encoder, seed
         self.model, self.tokenizer = runner.model, runner.tokenizer
         added, stops = self.tokenizer.get_added_vocab(), [stop for stop in task.stop if stop]
@@ -280,6 +291,8 @@ class _Job:
     def _count(self, tokens: list[int]) -> int:
         """How many tokens there are up to the first end or stop, that one included."""
         count = next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
+        if not self.stops:
+            return count
         stopped = bisect.bisect_left(range(count), True, key=lambda n: self._stops(tokens[: n + 1])) + 1
         return min(count, stopped)
 
@@ -418,6 +431,11 @@ class _Stopping(StoppingCriteria):
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         found = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(found, device=input_ids.device)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+    return known or (isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error))
 
 
 def _needs(methods: Iterable[Method]) -> tuple[str, ...]:

@@ -75,8 +75,8 @@ def summarize(folder: str | Path, job: Mapping[str, Any]) -> dict[str, Any]:
         job: the resolved job: its order of models, steerings and tasks is kept; `published` is compared with.
 
     Raises:
-        CompareError: if there are no results, or a model has none of the baseline.
-        ExampleError: for a file that cannot be read, naming file and line.
+        CompareError: if there are no results, a model has none of the baseline, or a file cannot be read; the message
+            names file and line.
     """
     folder = Path(folder)
     places: dict[Path, list[Path]] = {}
@@ -195,7 +195,7 @@ def _errors(model: str, run: Run) -> list[dict[str, Any]]:
             "model": model,
             "steering": run.label,
             "task": task,
-            "seed": row.get("seed", 0),
+            "seed": row["seed"],
             "doc_id": row["doc_id"],
             "error": row["error"],
         }
@@ -252,7 +252,7 @@ def _sample(document: Document) -> dict[str, Any]:
     before, after = document.rows()
     return {
         "doc_id": before["doc_id"],
-        "seed": before.get("seed", 0),
+        "seed": before["seed"],
         "prompt": _clipped(_prompt(before)),
         "target": _clipped(_target(before)),
         "before": _clipped(_response(before)),
@@ -302,7 +302,8 @@ def _response(row: Row) -> str:
 
 
 def _clipped(text: str) -> str:
-    """Beginning and end of a long text."""
+    """Beginning and end of a long text, and what UTF-8 can hold of it."""
+    text = text.encode(errors="replace").decode()
     half = CLIPPED // 2
     return text if len(text) <= CLIPPED else f"{text[: half - 3]} […] {text[-half + 2 :]}"
 
@@ -320,7 +321,7 @@ def _side(entry: dict[str, Any], before: Run, run: Run, found: Comparison) -> _S
 
 def _identity(document: Document) -> tuple[str, str]:
     row = document.rows()[0]
-    return str(row.get("filter", "none")), row["doc_hash"]
+    return row["filter"], row["doc_hash"]
 
 
 def _moved(before: Run, after: Run, task: str) -> int:

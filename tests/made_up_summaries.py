@@ -28,9 +28,9 @@ NASTY = {
 }
 
 
-def outcomes(rng: np.random.Generator, n: int, before: float, gain: float) -> tuple[list[float], list[float]]:
-    """Zeros and ones with about these means; some samples change either way."""
-    old = (rng.random(n) < before).astype(float)
+def outcomes(rng: np.random.Generator, model: str, task: str, n: int, gain: float) -> tuple[list[float], list[float]]:
+    """Zeros and ones: the unsteered model's are the same for every steering; some samples change."""
+    old = (np.random.default_rng([len(model), len(task)]).random(n) < TASKS[task][1]).astype(float)
     new = np.where(rng.random(n) < 0.02 + abs(gain) * 1.6, float(gain > 0), old)
     return old.tolist(), new.tolist()
 
@@ -38,7 +38,7 @@ def outcomes(rng: np.random.Generator, n: int, before: float, gain: float) -> tu
 def comparison(
     rng: np.random.Generator, task: str, label: str, gain: float, *, n: int = 200, model: str = "tiny", **more: Any
 ) -> dict[str, Any]:
-    before, after = outcomes(rng, n, TASKS[task][1], gain)
+    before, after = outcomes(rng, model, task, n, gain)
     found = difference(before, after, resamples=500)
     holm = min(1.0, found.p * len(TASKS))
     verdict = sign(replace(found, p=holm))
@@ -102,13 +102,12 @@ def everything(models: tuple[str, ...] = ("tiny",)) -> dict[str, Any]:
         for label, gains in GAINS.items():
             runs.append({"model": model, "label": label, "role": "method", "of": None, "dose": None})
             for task in TASKS:
-                found = comparison(rng, task, label, gains.get(task, 0.0), model=model)
+                found = comparison(np.random.default_rng(1), task, label, gains.get(task, 0.0), model=model)
                 comparisons.append(found)
-                random = found["baseline"] + rng.normal(0.01, 0.02, 3)
-                kept = rng.random(200) < found["baseline"]
-                drawn = np.clip(kept + rng.normal(0, 0.2, 200), 0, 1)
-                own = np.where(rng.random(200) < abs(gains.get(task, 0)) * 1.6, float(gains.get(task, 0) > 0), kept)
-                against = difference(drawn.tolist(), own.tolist(), resamples=500)
+                before, after = outcomes(np.random.default_rng(1), model, task, 200, gains.get(task, 0.0))
+                drawn = [np.where(rng.random(200) < 0.03, rng.random(200) < 0.6, before) for _ in range(3)]
+                random = np.mean(drawn, axis=1)
+                against = difference(np.mean(drawn, axis=0).tolist(), after, resamples=500)
                 controls.append(
                     {
                         "model": model,

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from steerlens.cli import app
 from steerlens.cli.compare import COLUMNS
-from steerlens.examples import ExampleError
 from steerlens.paired import difference, holm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,9 +331,16 @@ class TestErrors:
         write(tmp_path, [made])
         path = tmp_path / f"samples_t_{DATE}.jsonl"
         path.write_text(path.read_text() + (json.dumps(made) if line is None else line))
-        with pytest.raises((CompareError, ExampleError)) as error:
+        with pytest.raises(CompareError) as error:
             load(tmp_path)
         assert str(error.value).startswith(f"{path}:{said}") and error.value.exit_code == 2
+
+    def test_bytes_that_are_no_text(self, tmp_path):
+        write(tmp_path, [row(document("t", 0), "a", {"hit": 1.0})])
+        path = tmp_path / f"samples_t_{DATE}.jsonl"
+        path.write_bytes(path.read_bytes() + b'{"doc_id": "\xff"}\n')
+        with pytest.raises(CompareError, match=r"jsonl:2: not JSON: 'utf-8' codec"):
+            load(tmp_path)
 
     @pytest.mark.parametrize(("text", "said"), [('{\n"results": {', ":2: not JSON"), ("[]", " is no results file")])
     def test_results_that_cannot_be_read(self, text, said, tmp_path):

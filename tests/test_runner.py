@@ -1,11 +1,15 @@
 """Batches of documents under several steerings: what the model gives, what is shared, and what goes wrong alone."""
 
+import copy
+import gc
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from small_models import NO_SDPA, build
 from steerlens.evals import runner as running
+from steerlens.evals import task as tasks
 from steerlens.evals.batch import length
 from steerlens.evals.doc import Doc, Steering
 from steerlens.evals.examples import generate, of
@@ -18,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from steerlens import models
+from steerlens import decoder, models
 from steerlens.encoding import Tokens
 from steerlens.errors import HeadError, UnsupportedError
 from steerlens.examples import Example
@@ -52,6 +56,14 @@ def words():
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture
+def frozen():
+    """What is loaded so far is not looked through whenever memory is freed."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def docs_of(examples, **more) -> list[Doc]:
@@ -129,6 +141,7 @@ class TestTexts:
         }
         assert right["pasta"] > right["baseline"] + 5
 
+    @torch.no_grad()
     def test_logprob_is_that_of_the_text_up_to_its_end(self, tiny):
         """By hand: the text's tokens and EOS behind the prompt, in one forward of the row alone."""
         model, tokenizer = tiny
@@ -169,7 +182,11 @@ class TestTexts:
             together = runner.run(Task(), docs, steerings)
             again = runner.run(Task(), docs, steerings)
             alone = [runner.run(Task(), [doc], steerings) for doc in docs]
+            torch.set_num_threads(2)
+            threaded = runner.run(Task(), docs, steerings)
+            torch.set_num_threads(1)
             for label, outcomes in together.items():
+                assert_same(outcomes, threaded[label])
                 assert_same(outcomes, again[label], 0)
                 assert_same(outcomes, [found[label][0] for found in alone])
 
@@ -207,12 +224,38 @@ class TestTexts:
                 messages += [{"role": "assistant", "content": text}, {"role": "user", "content": turn}]
             assert output.logprob == pytest.approx(total, abs=1e-4)
 
+    def test_a_stop_that_is_a_special_token(self, words, model_of):
+        """It is left out of the text, and ends it all the same."""
+        (whole,) = outputs(Runner(model_of("llama-gqa"), words).run(Task(), word_docs((30,)), [BASELINE])["baseline"])
+        special, stop = copy.deepcopy(words), whole.text.split()[2]
+        special.add_special_tokens({"extra_special_tokens": [stop]})
+        runner = Runner(model_of("llama-gqa"), special)
+        (cut,) = outputs(runner.run(Task(stop=(stop,)), word_docs((30,)), [BASELINE])["baseline"])
+        assert cut.text.split() == whole.text.split()[:2] and cut.lengths == (3,)
+
     def test_a_decoding_method_generates(self, words, model_of):
-        found = Runner(model_of("llama-gqa"), words).run(Task(), word_docs(), [BASELINE, Steering("d", (Plain(),))])
+        """In one batch, or row by row, where which step was whose is not known."""
+
+        class Rows(Plain):
+            name = "rows"
+
+            def generate(self, model, inputs, spans, **kwargs):
+                rows = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(inputs["input_ids"]))]
+                found = [model.generate(**row, **kwargs).sequences[0] for row in rows]
+                return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+        runner, docs = Runner(model_of("llama-gqa"), words), word_docs()
+        stop = outputs(runner.run(Task(), docs, [BASELINE])["baseline"])[1].text.split()[3]
+        steerings = [BASELINE, Steering("d", (Plain(),)), Steering("rows", (Rows(),))]
+        found = runner.run(Task(stop=(stop,)), docs, steerings)
         assert_same(found["d"], found["baseline"])
+        assert [o.texts for o in outputs(found["rows"])] == [o.texts for o in outputs(found["baseline"])]
+        assert [o.lengths for o in outputs(found["rows"])] == [o.lengths for o in outputs(found["baseline"])]
+        assert all(math.isnan(o.logprob) for o in outputs(found["rows"])[1:])
 
 
 class TestChoices:
+    @torch.no_grad()
     def test_log_likelihoods_by_hand(self, tiny):
         model, tokenizer = tiny
         docs = [
@@ -315,7 +358,7 @@ class TestSharing:
     def test_sharing_changes_nothing(self, family, output, words, model_of):
         """And where a window or a state stands in the way, nothing is shared."""
         model = model_of(family, "eager" if family in NO_SDPA else "sdpa")
-        docs = word_docs((40, 29, 34, 40), choices=("w5", "w6 w7 w8"), target=0)
+        docs = word_docs((40, 19, 34, 40), choices=("w5", "w6 w7 w8"), target=0)
         steerings = [BASELINE, *(Steering(name, methods) for name, methods in self.METHODS.items())]
         shared, alone = Runner(model, words), Runner(model, words, share=False)
         task = Task(output=output, max_new_tokens=5)
@@ -327,12 +370,12 @@ class TestSharing:
         if windows:
             assert shared.saved == 0
             return
-        # prompts of 41, 30, 35 and 41 tokens; in columns, the emphasis begins at 14, 25, 20 and 14; a choice is up to
+        # prompts of 41, 20, 35 and 41 tokens; in columns, the emphasis begins at 14, 35, 20 and 14; a choice is up to
         # three tokens wide, so that the prompts of shorter ones end later
         rows = (
-            [(41, 3), (41, 1), (30, 3), (30, 1), (35, 3), (35, 1), (41, 3), (41, 1)]
+            [(41, 3), (41, 1), (20, 3), (20, 1), (35, 3), (35, 1), (41, 3), (41, 1)]
             if output == "choices"
-            else [(41, 0), (30, 0), (35, 0), (41, 0)]
+            else [(41, 0), (20, 0), (35, 0), (41, 0)]
         )
         width = max(prompt + more for prompt, more in rows)
         pads = [width - prompt - more for prompt, more in rows]
@@ -357,6 +400,22 @@ class TestSharing:
         alone = Runner(model_of("llama-gqa"), words, share=False)
         for i in (0, 2):
             assert_same([found["pasta"][i]], alone.run(Task(), [docs[i]], steerings)["pasta"])
+
+    @pytest.mark.parametrize("name", ["drift", "multiple_choice", "extraction"])
+    def test_tasks(self, name, tiny):
+        """Shipped tasks, of several turns and of choices too: the same scores, from fewer computed tokens."""
+        task = tasks.load(name)
+        docs = task.docs(4, 0)
+        methods = {"hm": HeadMask({2: [1]}, phase="decode"), "pasta": PASTA(0.1, heads={1: [0, 3]})}
+        steerings = [BASELINE, *(Steering(label, (method,)) for label, method in methods.items())]
+        validate(task, steerings, decoder.read(decoder.find(tiny[0]))[0])
+        shared, alone = Runner(*tiny), Runner(*tiny, share=False)
+        found, plain = shared.run(task, docs, steerings), alone.run(task, docs, steerings)
+        for label, outcomes in found.items():
+            assert_same(outcomes, plain[label], 1e-4)
+            scores = [task.score(doc, output) for doc, output in zip(docs, outputs(outcomes), strict=True)]
+            assert all(set(task.metrics) <= set(score) for score in scores)
+        assert shared.saved > 0 == alone.saved
 
     def test_a_model_that_does_not_go_on_from_a_cache(self, words, caplog):
         model = build("llama-gqa")
@@ -443,7 +502,7 @@ class TestErrors:
             ValueError("odd rows"),
         ],
     )
-    def test_too_much_for_memory(self, failure, words):
+    def test_too_much_for_memory(self, failure, words, frozen, caplog):
         """Batches are halved until they fit; a document that never fits is an error, and no other."""
         model, sizes = build("llama-gqa"), []
         poison = words("w90", add_special_tokens=False)["input_ids"][0]
@@ -464,14 +523,26 @@ class TestErrors:
         docs[4] = Doc("words", 0, 4, Example("w90 " + docs[4].example.prompt, groups=docs[4].example.groups))
         model.model.register_forward_pre_hook(limit, with_kwargs=True)
         found = Runner(model, words).run(Task(), docs, steerings)
-        assert max(sizes) == 7 and 3 in sizes
+        assert max(sizes) == 7 and 3 in sizes and "words: a batch of 7 documents failed" in caplog.text
         for label, outcomes in found.items():
             assert "document 4 of seed 0" in outcomes[4].error and str(failure)[:12] in outcomes[4].error
             assert ("out of memory for this document alone" in outcomes[4].error) != isinstance(failure, ValueError)
             rest = [i for i in range(7) if i != 4]
             assert_same([outcomes[i] for i in rest], [expected[label][i] for i in rest])
 
-    def test_one_steering_too_many(self, words, model_of, monkeypatch):
+    @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no error of its own for it")
+    def test_a_device_that_fails(self, words):
+        """It computes nothing more, so it is no document's error."""
+        model = build("llama-gqa")
+
+        def fail(*_):
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+        model.model.register_forward_pre_hook(fail)
+        with pytest.raises(torch.AcceleratorError, match="device-side"):
+            Runner(model, words).run(Task(), word_docs(), [BASELINE])
+
+    def test_one_steering_too_many(self, words, model_of, monkeypatch, frozen):
         """What a steering alone needs too much for takes nothing from the others."""
         runner, generated = Runner(model_of("llama-gqa"), words), running._Job._generate
 
@@ -481,7 +552,7 @@ class TestErrors:
             return generated(self, steering, *more)
 
         monkeypatch.setattr(running._Job, "_generate", generate)
-        found = runner.run(Task(), word_docs(), [BASELINE, Steering("p", (PASTA(0.1),))])
+        found = runner.run(Task(), word_docs((30, 19)), [BASELINE, Steering("p", (PASTA(0.1),))])
         outputs(found["baseline"])
         assert all("out of memory for this document alone" in o.error for o in found["p"])
 

@@ -124,7 +124,7 @@ class TestScores:
         pairs = [(m, row) for m in CANDIDATES["zerotuning"][3:6]]
         found = scorer.score(pairs)
         assert len(found) == 3 and not scorer.sharing.layers
-        assert "candidates cannot share layers" in caplog.text
+        assert "steered runs cannot share layers" in caplog.text
         assert "forward" not in vars(model.model.layers[0])
 
     def test_nothing_is_left_of_the_example_before(self, model_of, words):

@@ -41,7 +41,7 @@ class Axis:
         return round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 2)
 
     @classmethod
-    def over(cls, values: Iterable[float | None], *, ticks: int = 5) -> Axis:
+    def over(cls, values: Iterable[float | None], *, ticks: int = 7) -> Axis:
         """Around the values, with round ticks inside."""
         from matplotlib.ticker import MaxNLocator
 
@@ -78,9 +78,9 @@ def effect(shown: Effect, axis: Axis, random: tuple[float, float] | None = None)
         width = max(high - low, 0.6)
         _add(svg, "rect", x=_pc(low), width=_pc(width), y="6", height=str(ROW - 12), rx="3", class_="random")
     if shown.low is not None and shown.high is not None:
-        low, high = _pc(axis.at(shown.low)), _pc(axis.at(shown.high))
-        _add(svg, "line", x1=low, x2=high, y1="50%", y2="50%", class_=f"interval {shown.kind}")
-        for end in (low, high):
+        ends = _pc(axis.at(shown.low)), _pc(axis.at(shown.high))
+        _add(svg, "line", x1=ends[0], x2=ends[1], y1="50%", y2="50%", class_=f"interval {shown.kind}")
+        for end in ends:
             _add(svg, "line", x1=end, x2=end, y1=str(ROW / 2 - 5), y2=str(ROW / 2 + 5), class_=f"interval {shown.kind}")
     if shown.mean is not None:
         _mark(svg, axis.at(shown.mean), f"{ROW / 2:g}", shown.kind, f"{shown.steering}: {shown.difference}")
@@ -110,12 +110,9 @@ def control(shown: Control, axis: Axis) -> Markup:
         low, high = axis.at(shown.low), axis.at(shown.high)
         width = max(high - low, 0.6)
         _add(svg, "rect", x=_pc(low), width=_pc(width), y="6", height=str(ROW - 12), rx="3", class_="random")
-    if shown.random is not None:
-        x = _pc(axis.at(shown.random))
-        _add(svg, "line", x1=x, x2=x, y1="6", y2=str(ROW - 6), class_="random-mean")
     if shown.baseline is not None:
         x = _pc(axis.at(shown.baseline))
-        _add(svg, "line", x1=x, x2=x, y1="2", y2=str(ROW - 2), class_="baseline")
+        _add(svg, "line", x1=x, x2=x, y1="2", y2=str(ROW - 2), class_="unsteered")
     if shown.steered is not None:
         _mark(svg, axis.at(shown.steered), f"{ROW / 2:g}", shown.kind, f"{shown.of}: {unit.score(shown.steered)}")
     return _done(svg)
@@ -128,15 +125,15 @@ def curve(shown: Curve) -> Markup:
     ends = [(_plus(p.baseline, p.low), _plus(p.baseline, p.high)) for p in points]
     values = [v for p, end in zip(points, ends, strict=True) for v in (p.baseline, p.steered, *end)]
     inside = [min(1.0, max(0.0, v)) if unit.percent else v for v in values if v is not None]
-    y, x = Axis.over(inside, ticks=4), Axis.of_doses([p.dose or 0.0 for p in points] or [1.0])
+    y, x = Axis.over(inside, ticks=6), Axis.of_doses([p.dose or 0.0 for p in points] or [1.0])
     said = "; ".join(f"{p.dose:g}: {unit.score(p.steered)} ({p.verdict})" for p in points)
     baselines = [p.baseline for p in points if p.baseline is not None]
     unsteered = statistics.fmean(baselines) if baselines else None
     svg = _svg(PLOT, f"{shown.metric} on {shown.task} over {shown.parameter}: {said}", "curve")
     for tick in y.ticks:
-        height = _pc(100 - y.at(tick))
-        _add(svg, "line", x1="0", x2="100%", y1=height, y2=height, class_="rule")
-        _add(svg, "text", unit.number(tick).removesuffix(".0"), x="-8", y=height, dy="0.35em", text_anchor="end")
+        level = _pc(100 - y.at(tick))
+        _add(svg, "line", x1="0", x2="100%", y1=level, y2=level, class_="rule")
+        _add(svg, "text", unit.number(tick).removesuffix(".0"), x="-8", y=level, dy="0.35em", text_anchor="end")
     last = -math.inf
     for tick in x.ticks:
         place = x.at(tick)
@@ -145,8 +142,8 @@ def curve(shown: Curve) -> Markup:
             _add(svg, "text", f"{tick:g}", x=_pc(place), y=str(PLOT + 18), text_anchor="middle")
             last = place
     if unsteered is not None:
-        height = _pc(100 - y.at(unsteered))
-        _add(svg, "line", x1="0", x2="100%", y1=height, y2=height, class_="baseline")
+        level = _pc(100 - y.at(unsteered))
+        _add(svg, "line", x1="0", x2="100%", y1=level, y2=level, class_="baseline")
     places = [(x.at(p.dose or 0.0), 100 - y.at(p.steered or 0.0)) for p in points]
     for (x1, y1), (x2, y2) in pairwise(places):
         _add(svg, "line", x1=_pc(x1), y1=_pc(y1), x2=_pc(x2), y2=_pc(y2), class_="series")
@@ -160,10 +157,12 @@ def curve(shown: Curve) -> Markup:
 
 
 def sample(kind: str) -> Markup:
-    """A mark of a legend: better, worse, noise, random or baseline."""
+    """A mark of a legend: better, worse, noise, random, unsteered (a score) or baseline (a line through a plot)."""
     svg = _svg(16, None, "sample")
     if kind == "random":
         _add(svg, "rect", x="3", y="3", width="22", height="10", rx="3", class_="random")
+    elif kind == "unsteered":
+        _add(svg, "line", x1="14", x2="14", y1="0", y2="16", class_="unsteered")
     elif kind == "baseline":
         _add(svg, "line", x1="2", x2="26", y1="8", y2="8", class_="baseline")
     else:
@@ -180,10 +179,10 @@ def shade(value: float, low: float, high: float) -> str:
     red, green, blue = (
         round(a + (b - a) * (place - first)) for a, b in zip(_STOPS[first], _STOPS[first + 1], strict=True)
     )
-    # W3C relative luminance: of white and near-black, the text colour with more contrast
+    # by WCAG's relative luminance, the text colour with more contrast
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red / 255, green / 255, blue / 255)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    text = "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.0555 else "#111"
+    text = "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000"
     return f"background:rgb({red},{green},{blue});color:{text}"
 
 

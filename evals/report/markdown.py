@@ -9,16 +9,23 @@ from steerlens.evals.report import view, words
 
 SHOWN_SAMPLES = 3
 LONGEST = 400
+# an interval such as [+1.5, +2.0] and an underscore inside a word are no markup
+_MARKUP = re.compile(r"(?P<interval>\[[-+.e\d]+, [-+.e\d]+\](?![(\[:]))|(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]|~#$]")
+NOTE = (
+    "Steered minus unsteered on the same samples, with its {level} interval; differences of percentages are in points. "
+    "p: exact McNemar test for outcomes of 0 and 1, else a paired sign-flip test. Holm: corrected for the number of "
+    "tasks; verdicts use it. Detectable: the smallest difference that such samples show with 80\u00a0% probability."
+)
 
 
 def render(report: view.Report) -> str:
     """The text."""
-    return "\n".join(_lines(report)) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(_lines(report))) + "\n"
 
 
 def escape(text: object) -> str:
     """Text that Markdown shows as it is, on one line: also inside a table."""
-    marked = re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", str(text))
+    marked = _MARKUP.sub(lambda found: found["interval"] or "\\" + found[0], str(text))
     marked = marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[ \t]*\n[ \t]*", " ⏎ ", marked.strip("\n"))
 
@@ -33,12 +40,7 @@ def _lines(report: view.Report) -> Iterator[str]:
         yield from ("", f"**{heading}:** {escape(text)}")
     if report.primary:
         yield from _heading("Effect per task")
-        yield from (
-            f"Steered minus unsteered on the same samples with the {report.level} interval; differences of percentages "
-            "are in points. p: exact McNemar test for outcomes of 0 and 1, else a paired sign-flip test. Holm: corrected "
-            "for the number of tasks. Detectable: the smallest difference that these samples would probably have shown.",
-            "",
-        )
+        yield from (NOTE.format(level=report.level), "")
         yield from _figures(report, report.primary)
     if report.secondary:
         yield from _heading("Other metrics")
@@ -55,22 +57,22 @@ def _lines(report: view.Report) -> Iterator[str]:
     if report.grids:
         yield from _heading("Where in the prompt")
         for grids in report.grids:
-            for grid in (grids.before, *grids.after):
+            for grid in (grids.before, *grids.after, *grids.swept):
                 unit = ", %" if grids.unit.percent else ""
                 per_cell = words.samples_per_cell(grid)
                 yield f"**{escape(grids.task)}, {escape(grid.title)}** ({escape(grids.metric)}{unit}; {per_cell})"
                 yield ""
-                columns = [f"{grid.y or ''} \\ {grid.x}", *map(str, grid.columns)]
-                rows = [
+                names = [f"{grid.y or ''} \\ {grid.x}", *map(str, grid.columns)]
+                scores = [
                     [str(row) if grid.y else "", *(grids.unit.number(grid.values.get((c, row))) for c in grid.columns)]
                     for row in grid.rows
                 ]
-                yield from _table(columns, rows)
+                yield from _table(names, scores)
     if report.controls:
         yield from _heading("Controls")
+        columns = ("steering", "task", "metric", "unsteered", "steered", "random heads", "steered minus random", "p")
         yield from _table(
-            ("steering", "task", "metric", "unsteered", "steered", "random heads", "steered minus random", "p", "verdict")
-            + ("neutral parameters",),
+            (*columns, "verdict", "neutral parameters"),
             [
                 (
                     *(c.of, c.task, c.metric, c.unit.score(c.baseline), c.unit.score(c.steered)),
@@ -174,9 +176,7 @@ def _pieces(pieces: Sequence[tuple[str, bool]]) -> str:
         if inner and differs:
             inner = f"**{inner}**"
         # blanks stay outside the marks: Markdown takes ** only beside a word
-        found.append(
-            (" " if part[:1].isspace() else "") + inner + (" " if inner and part[-1:].isspace() else "")
-        )
+        found.append((" " if part[:1].isspace() else "") + inner + (" " if inner and part[-1:].isspace() else ""))
         if room <= 0:
             found.append("…")
             break

@@ -167,7 +167,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Grids:
-    """Grids with one colour scale: the unsteered model's, then one per steering that has the same baseline."""
+    """Grids with one colour scale: the unsteered model's, then one per steering that has the same baseline.
+
+    Attributes:
+        low, high: ends of the scale.
+        before: the unsteered model.
+        after: steerings; `swept`: the strengths of a sweep, where there are others too.
+    """
 
     model: str
     task: str
@@ -177,11 +183,19 @@ class Grids:
     high: float
     before: Grid
     after: tuple[Grid, ...]
+    swept: tuple[Grid, ...]
 
 
 @dataclass(frozen=True)
 class Control:
-    """A steering beside random heads and neutral parameters; a number is None where the summary has none."""
+    """A steering beside random heads and neutral parameters; a number is None where the summary has none.
+
+    Attributes:
+        random, low, high: mean, lowest and highest score of the random sets.
+        mean, interval_low, interval_high, p: the paired difference, steered minus random.
+        helped: whether the steering is better than the unsteered model.
+        neutral: whether neutral parameters gave the unsteered outputs.
+    """
 
     model: str
     task: str
@@ -200,6 +214,7 @@ class Control:
     p: float | None
     verdict: str
     sentence: str
+    helped: bool
     neutral: bool | None
 
     @property
@@ -387,10 +402,13 @@ class Report:
             if not names:
                 continue
             before = _grid("unsteered", first.cells, names, "before")
-            after = tuple(_grid(e.steering, e.cells, names, "after") for e in effects)
-            values = [v for grid in (before, *after) for v in grid.values.values()]
+            grids = {e.steering: _grid(e.steering, e.cells, names, "after") for e in effects}
+            swept = tuple(grids[e.steering] for e in effects if e.role == "sweep")
+            after = tuple(grid for grid in grids.values() if grid not in swept)
+            after, swept = (after, swept) if after else (swept, ())
+            values = [v for grid in (before, *grids.values()) for v in grid.values.values()]
             low, high = (0.0, 1.0) if first.unit.percent else (min(values, default=0.0), max(values, default=1.0))
-            yield Grids(first.model, first.task, first.metric, first.unit, low, high, before, after)
+            yield Grids(first.model, first.task, first.metric, first.unit, low, high, before, after, swept)
 
     def _controls(self, units: Mapping[str, Unit]) -> Iterator[Control]:
         effects = {(*e.key, e.steering): e for e in self.effects}
@@ -416,6 +434,7 @@ class Report:
                 p=_number(against.get("p")),
                 verdict=str(entry.get("verdict") or ""),
                 sentence=str(entry.get("sentence") or ""),
+                helped=found is not None and found.verdict == "better",
                 neutral=entry.get("neutral_identical"),
             )
 
@@ -536,10 +555,17 @@ def _effect(entry: Mapping[str, Any], unit: Unit) -> Effect:
 
 def _grid(title: str, cells: Sequence[Mapping[str, Any]], names: Sequence[str], side: str) -> Grid:
     x, y = names[0], names[1] if len(names) > 1 else None
-    places = [(cell.get(x), cell.get(y) if y else None) for cell in cells]
-    values = {place: v for place, cell in zip(places, cells, strict=True) if (v := _number(cell.get(side))) is not None}
-    counts = {place: int(cell.get("n") or 0) for place, cell in zip(places, cells, strict=True)}
-    columns, rows = _ordered(place[0] for place in places), _ordered(place[1] for place in places)
+    sums: dict[tuple[Any, Any], float] = {}
+    counts: dict[tuple[Any, Any], int] = {}
+    for cell in cells:
+        value, n = _number(cell.get(side)), int(cell.get("n") or 0)
+        if value is not None and n > 0:
+            # a third coordinate is averaged over
+            place = cell.get(x), cell.get(y) if y else None
+            sums[place] = sums.get(place, 0.0) + n * value
+            counts[place] = counts.get(place, 0) + n
+    values = {place: total / counts[place] for place, total in sums.items()}
+    columns, rows = _ordered(place[0] for place in values), _ordered(place[1] for place in values)
     return Grid(title, x, y, columns, rows, values, counts)
 
 
@@ -650,5 +676,3 @@ def _made(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield label, (" " if key == "command" else ", ").join(map(_text, value))
         else:
             yield label, _text(value)
-
-

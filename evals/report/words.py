@@ -10,7 +10,7 @@ NAMED = 3
 
 
 def sentences(report: Report) -> list[tuple[str, str]]:
-    """Three to six, each a heading word and a text: what was compared, what helped, hurt or is within noise, and so on."""
+    """Three to six, each a heading and a text: what was compared, what helped, hurt or is within noise, and so on."""
     found = [("Compared", _compared(report))]
     if report.primary:
         found += [("Helped", _direction(report, "better")), ("Hurt", _direction(report, "worse"))]
@@ -41,7 +41,7 @@ def samples_per_cell(grid: Grid) -> str:
 def _compared(report: Report) -> str:
     effects = report.primary
     if not effects:
-        return "nothing with the unsteered model."
+        return "Nothing with the unsteered model."
     steerings = {e.steering for e in effects}
     tasks = {e.task for e in effects}
     sizes = sorted({e.n for e in effects})
@@ -49,15 +49,15 @@ def _compared(report: Report) -> str:
     models = {e.model for e in effects}
     of = f"{next(iter(models))}" if len(models) == 1 else count(len(models), "model")
     return (
-        f"{count(len(steerings), 'steering')} of {of} on {count(len(tasks), 'task')} with the unsteered model, each on the "
-        f"same {samples}: paired {report.level} intervals, verdicts corrected for the number of tasks (Holm)."
+        f"{count(len(steerings), 'steering')} of {of} on {count(len(tasks), 'task')} with the unsteered model, each on "
+        f"the same {samples}: paired {report.level} intervals, verdicts corrected for the number of tasks (Holm)."
     )
 
 
 def _direction(report: Report, verdict: str) -> str:
     effects = [e for e in report.primary if e.verdict == verdict]
     if not effects:
-        return "nothing beyond noise."
+        return "Nothing beyond noise."
     # the strongest first, where sizes can be compared at all; of a sweep the strongest strength speaks for the others
     ordered = sorted(effects, key=lambda e: (e.role == "sweep", not e.unit.percent, -abs(e.mean or 0.0)))
     series: dict[tuple[str | None, ...], list[Effect]] = {}
@@ -65,7 +65,7 @@ def _direction(report: Report, verdict: str) -> str:
         series.setdefault((*e.key, e.of if e.role == "sweep" else e.steering, e.parameter), []).append(e)
     named = [_moved(report, found) for found in list(series.values())[:NAMED]]
     more = len(effects) - sum(map(len, list(series.values())[:NAMED]))
-    return "; ".join(named) + (f"; and {count(more, 'more comparison')}." if more else ".")
+    return "; ".join(named) + (f"; and {more} more." if more else ".")
 
 
 def _moved(report: Report, series: Sequence[Effect]) -> str:
@@ -80,13 +80,10 @@ def _moved(report: Report, series: Sequence[Effect]) -> str:
 def _noise(report: Report) -> str:
     effects = [e for e in report.primary if e.kind == "noise"]
     if not effects:
-        return "nothing."
+        return "Nothing."
     ordered = sorted(effects, key=lambda e: e.role == "sweep")
-    named = [report.named(e) for e in ordered[:NAMED]]
-    if len(effects) > NAMED:
-        named.append(count(len(effects) - NAMED, "more comparison"))
     sizes = sorted(e.detectable for e in effects if e.detectable is not None and e.unit.percent)
-    text = listed(named)
+    text = listed(_few([report.named(e) for e in ordered]))
     if sizes:
         unit = next(e.unit for e in effects if e.unit.percent)
         low, high = unit.size(sizes[0]), unit.size(sizes[-1])
@@ -97,23 +94,22 @@ def _noise(report: Report) -> str:
 
 def _controls(report: Report) -> str:
     parts = []
-    for verdict, wording in (
-        ("better", "better than random heads"),
-        ("worse", "worse than random heads"),
-        ("within noise", "no different from random heads beyond noise"),
-    ):
-        found = sorted((c for c in report.controls if c.verdict == verdict), key=lambda c: -abs(c.mean or 0.0))
-        named = [report.named(c) for c in found]
+    helped = sorted((c for c in report.controls if c.verdict and c.helped), key=lambda c: -abs(c.mean or 0.0))
+    for wanted, wording in ((True, "Better than random heads too"), (False, "No better than random heads")):
+        named = [report.named(c) for c in helped if (c.verdict == "better") is wanted]
         if named:
-            shown = named[:NAMED] + ([f"{len(named) - NAMED} more"] if len(named) > NAMED else [])
-            parts.append(f"{wording}: {listed(shown)}")
+            parts.append(f"{wording}: {listed(_few(named))}.")
     neutral = [c for c in report.controls if c.neutral is not None]
     differing = [report.named(c) for c in neutral if not c.neutral]
     if differing:
-        parts.append(f"neutral parameters changed outputs of {listed(differing[:NAMED])}, which must not happen")
+        parts.append(f"Neutral parameters changed outputs of {listed(_few(differing))}, which must not happen.")
     elif neutral:
-        parts.append("neutral parameters changed no output")
-    return f"{'; '.join(parts)}." if parts else ""
+        parts.append("Neutral parameters changed no output.")
+    return " ".join(parts)
+
+
+def _few(named: Sequence[str]) -> list[str]:
+    return [*named[:NAMED], *([f"{len(named) - NAMED} more"] if len(named) > NAMED else [])]
 
 
 def _missing(report: Report) -> str:
@@ -122,4 +118,4 @@ def _missing(report: Report) -> str:
         parts.append(f"{count(report.failed, 'sample')} failed and {'is' if report.failed == 1 else 'are'} left out")
     if report.skipped:
         parts.append(f"{count(len(report.skipped), 'pair')} of steering and task could not be run")
-    return f"{listed(parts)}." if parts else ""
+    return f"{'; '.join(parts)}." if parts else ""

@@ -386,6 +386,8 @@ def _show(summary: Mapping[str, Any]) -> None:
         rows.append([c["model"], *row] if several else row)
     if rows:
         show.table(["model", *columns] if several else columns, rows)
+    else:
+        show.note("nothing to compare: no steering has a document in common with the unsteered model")
     for control in summary["controls"]:
         typer.echo(_control(control))
     for skipped in summary["skipped"]:
@@ -426,9 +428,12 @@ def _estimate(job: Job, as_json: bool) -> int:
         typer.echo(f"{model['model']}: {model['parameters']:.3g} parameters in {model['dtype']}: {total} ({parts})")
         for line in dict.fromkeys(model["declared"]):
             typer.echo(f"  declared, not measured: {line}")
-        for task in model["tasks"]:
-            for line in task["declared"]:
-                typer.echo(f"  declared, not measured: {task['task']}: {line}")
+    said: dict[str, list[str]] = {}
+    for task in (task for model in found["models"] for task in model["tasks"]):
+        for line in task["declared"]:
+            said.setdefault(line.partition(":")[0], []).append(task["task"])
+    for what, tasks in said.items():
+        typer.echo(f"declared or assumed, not measured (--json says how): {what} of {', '.join(dict.fromkeys(tasks))}")
     total = found["total"]
     without = f", without {', '.join(total['without'])}" if total["without"] else ""
     typer.echo(

@@ -97,7 +97,7 @@ class Sharing:
             allowed = max(1e-4, 16 * torch.finfo(self.model.dtype).eps) * plain.abs().max()
             same = bool((found - plain).abs().max() <= allowed)
         if not same:
-            logger.warning("candidates cannot share %s on this model", "a cache" if row else "layers")
+            logger.warning("steered runs cannot share %s on this model", "a cache" if row else "layers")
         return same
 
     def _begin(self, ids: list[int]) -> None:
