@@ -230,7 +230,7 @@ def parse(
         line = next(iter(lines.values()), None)
         raise TaskError(
             f"{source}{f':{line}' if line else ''}: data: needs exactly one of {', '.join(KINDS)}, not "
-            f"{' and '.join(kinds) or 'none'}; it has {', '.join(map(str, data)) or 'no key'}"
+            f"{' and '.join(kinds) or 'none'}; it has {', '.join(f'{key!r:.40}' for key in data) or 'no key'}"
         )
     models: dict[str, type[Part]] = {"hub": Hub, "file": File, **GENERATORS}
     given = dict(data)

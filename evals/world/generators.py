@@ -332,7 +332,7 @@ class Constraint(Generator):
 
     name: ClassVar[str] = "system_constraint"
     chat: ClassVar[bool] = True
-    groups: ClassVar[frozenset[str]] = frozenset({"emphasis", "gold", "context", "query"})
+    groups: ClassVar[frozenset[str]] = frozenset({"emphasis"})
 
     instruction: Instruction = "json"
     distraction: Instruction | None = "maybe_capitals"
@@ -351,9 +351,7 @@ class Constraint(Generator):
         if self.distraction is not None and len(users) > 1:
             users[1] = f"{INSTRUCTIONS[self.distraction]} {users[1]}"
         messages = (_message("system", INSTRUCTIONS[self.instruction]), _message("user", users[0]))
-        groups = _spoken(facts[0], contexts[0])
-        plain = tuple(fact.value for fact in facts[-1:])
-        example = Example(messages, answers[-1], plain, groups)
+        example = Example(messages, answers[-1], (facts[-1].value,), {"emphasis": (Role("system"),)})
         data = {"form": style, "answers": answers}
         return Item(example, turns=tuple(users[1:]), data=data)
 
@@ -386,8 +384,14 @@ class Drift(Generator):
             if number:
                 messages.append(_message("assistant", facts[number - 1].value))
             messages.append(_message("user", fact.question if number else f"{context} {fact.question}"))
-        answer = formatted(facts[-1], style)
-        example = Example(tuple(messages), answer, (facts[-1].value,), _spoken(facts[-1], context))
+        asked, answer = facts[-1], formatted(facts[-1], style)
+        groups: dict[str, tuple[Selector, ...]] = {
+            "emphasis": (Role("system"),),
+            "gold": (asked.statement,),
+            "context": (context,),
+            "query": (asked.question,),
+        }
+        example = Example(tuple(messages), answer, (asked.value,), groups)
         return Item(example, data={"form": style, "answers": [answer]})
 
 
@@ -402,15 +406,6 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _spoken(fact: Fact, context: str) -> dict[str, tuple[Selector, ...]]:
-    return {
-        "emphasis": (Role("system"),),
-        "gold": (fact.statement,),
-        "context": (context,),
-        "query": (fact.question,),
-    }
-
-
 def _asked(sentences: list[str], at: int, fact: Fact) -> Item:
     """The item whose context is these sentences; the one at place `at` is what is asked for."""
     start = sum(len(text) + 1 for text in sentences[:at])
@@ -419,8 +414,9 @@ def _asked(sentences: list[str], at: int, fact: Fact) -> Item:
 
 
 def _ranges(row: Sample) -> dict[str, list[Range]]:
-    """What `evals.examples` names in a sample, as characters."""
-    return {name: [(c.start, c.stop) for c in found] for name, found in of(row).groups.items()}
+    """What `evals.examples` names in a sample, as characters, but for what every prompt has."""
+    groups = {name: found for name, found in of(row).groups.items() if name != "context"}
+    return {name: [(c.start, c.stop) for c in found] for name, found in groups.items()}
 
 
 def _example(
