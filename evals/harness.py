@@ -106,10 +106,10 @@ def run(
     for key in entry:
         if key not in KEYS:
             raise HarnessError(f"lm_eval task: unknown key {key!r}; allowed: {', '.join(KEYS)}{nearest(key, KEYS)}")
-    settings = {key: value for key, value in entry.items() if key != "limit"}
-    settings["metadata"] = {"pretrained": name} | dict(entry.get("metadata") or {})
+    metadata = json.dumps({"pretrained": name} | dict(entry.get("metadata") or {}), sort_keys=True)
+    settings = json.dumps({key: value for key, value in entry.items() if key != "limit"}, sort_keys=True)
     with _quiet():
-        tasks, loaded = harness_tasks.load(json.dumps(settings, sort_keys=True))
+        tasks, loaded = harness_tasks.load(entry["lm_eval"], entry.get("include_path"), metadata, settings)
         lm = SteerlensLM(
             model,
             tokenizer=tokenizer,
@@ -179,8 +179,8 @@ def main() -> int:
         sys.stderr.write(f"steerlens: {error}\n")
         usage = isinstance(error, MethodError | HeadError | SpanError | RecipeError)
         return int(getattr(error, "exit_code", 2 if usage else 1))
-    for error in failed[:10]:
-        sys.stderr.write(f"steerlens: task {error['task']}, doc_id {error['doc_id']}: {error['error']}\n")
+    for one in failed[:10]:
+        sys.stderr.write(f"steerlens: task {one['task']}, doc_id {one['doc_id']}: {one['error']}\n")
     if len(failed) > 10:
         sys.stderr.write(f"steerlens: and {len(failed) - 10} more sample errors\n")
     return SAMPLE_ERRORS if failed else 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -246,6 +247,11 @@ class SteerlensLM(HFLM):
             rows.append(Row(ids, start, start if request is not None else 1, request=request))
         return self._scores(rows, disable_tqdm, override_bs)
 
+    @property
+    def max_length(self) -> int:
+        """As HFLM's; one less under a method that passes the last scored token through the model too."""
+        return int(super().max_length) - (self._decoding is not None)
+
     def _row(self, context: str, continuation: str) -> Row:
         clean, tagged = self._strip(context)
         if self._strip(continuation, strict=False)[0] != continuation:
@@ -260,7 +266,7 @@ class SteerlensLM(HFLM):
             spans = self._locate("", tagged, prompt)
         if not prompt:
             raise SpanError(f"the prompt {context[:60]!r} has no tokens")
-        if not rest or len(rest) > self.max_length:
+        if not 0 < len(rest) <= self.max_length:
             raise SpanError(
                 f"the continuation {continuation[:60]!r} has {len(rest)} tokens; allowed: 1 to {self.max_length}"
             )
@@ -277,46 +283,41 @@ class SteerlensLM(HFLM):
             parts = [(row.request, list(row.ids[: row.start]), list(row.ids[row.start :])) for row in rows]
             return super()._loglikelihood_tokens(parts, disable_tqdm=disable_tqdm, override_bs=override_bs)
         # Rows that differ in their last token, which is only scored, share a forward.
+        share = self._decoding is None and self.logits_cache
         forwards: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):
-            shared = self._decoding is None and self.logits_cache
-            key = (row.ids[:-1], row.start, row.prompt, row.spans) if shared else index
-            forwards.setdefault(key, []).append(index)
-        order = sorted(forwards.values(), key=lambda f: (-len(rows[f[0]].ids), rows[f[0]].ids))
-        auto = self.batch_size == "auto" and not override_bs
-        if auto:
+            forwards.setdefault((row.ids[:-1], row.start, row.prompt, row.spans) if share else index, []).append(index)
+        order = sorted(forwards.values(), key=lambda indices: (-len(rows[indices[0]].ids), rows[indices[0]].ids))
+        size, schedule = override_bs or self.batch_size, None
+        if self.batch_size == "auto" and not override_bs:
             self.batch_sizes: dict[Any, int] = {}
-        parts = [
-            (None, list(rows[f[0]].ids[: rows[f[0]].start]), list(rows[f[0]].ids[rows[f[0]].start :])) for f in order
-        ]
-        size = int(override_bs or 0) if self.batch_size == "auto" else int(self.batch_size)
-        schedule = (lambda place, _: self._batch_scheduler(place, parts)) if auto else None
+            firsts = [rows[indices[0]] for indices in order]
+            parts = [(None, list(row.ids[: row.start]), list(row.ids[row.start :])) for row in firsts]
+            size, schedule = 0, lambda place, _: self._batch_scheduler(place, parts)
         found: list[Any] = [None] * len(rows)
         bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
-        for chunk in Collator.get_chunks(order, n=size, fn=schedule):
-            firsts = [rows[forward[0]] for forward in chunk]
-            scored = self._score_by_method(firsts) if self._decoding else None
-            logits = self._score_by_forward(firsts) if scored is None else None
-            for place, forward in enumerate(chunk):
-                for index in forward:
-                    if scored is not None:
-                        found[index] = scored[place]
-                    else:
-                        assert logits is not None
-                        found[index] = _score(logits[place], rows[index])
-                    if rows[index].request is not None:
-                        self.cache_hook.add_partial("loglikelihood", rows[index].request, found[index])
-                    bar.update(1)
+        for chunk in Collator.get_chunks(order, n=int(size), fn=schedule):
+            firsts = [rows[indices[0]] for indices in chunk]
+            if self._decoding is not None:
+                scores = [[score] for score in self._score_by_method(firsts)]
+            else:
+                logprobs = self._score_by_forward(firsts)
+                scores = [[_score(one, rows[i]) for i in each] for one, each in zip(logprobs, chunk, strict=True)]
+            for index, score in zip(itertools.chain(*chunk), itertools.chain(*scores), strict=True):
+                found[index] = score
+                if rows[index].request is not None:
+                    self.cache_hook.add_partial("loglikelihood", rows[index].request, score)
+                bar.update(1)
         bar.close()
         return found
 
-    def _score_by_forward(self, rows: Sequence[Row]) -> Sequence[torch.Tensor]:
+    def _score_by_forward(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """Log-probabilities [T, V] after each token but the last, per row."""
         if self._row_by_row:
             return [self._score_in_steps(row) for row in rows]
         inputs = pad_sequence([torch.tensor(row.ids[:-1]) for row in rows], batch_first=True).to(self.device)
         with self._meaning(rows):
-            return torch.nn.functional.log_softmax(self._model_call(inputs), dim=-1, dtype=self.softmax_dtype)
+            return list(torch.nn.functional.log_softmax(self._model_call(inputs), dim=-1, dtype=self.softmax_dtype))
 
     def _score_in_steps(self, row: Row) -> torch.Tensor:
         """As `_score_by_forward`, one generated token at a time: for edits that every generated row renews."""
@@ -332,13 +333,6 @@ class SteerlensLM(HFLM):
 
     def _score_by_method(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
         assert self._decoding is not None
-        limit = self.max_length
-        cut = [dataclasses.replace(r, ids=r.ids[-limit:], start=r.start - max(len(r.ids) - limit, 0)) for r in rows]
-        shifts = [max(len(r.ids) - limit, 0) for r in rows]
-        rows = [
-            dataclasses.replace(r, prompt=max(r.prompt - n, 1), spans=self._shift(r.spans, n))
-            for r, n in zip(cut, shifts, strict=True)
-        ]
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(self.device)
         lengths = torch.tensor([len(row.ids) for row in rows], device=self.device)
         mask = (torch.arange(ids.shape[1], device=self.device) < lengths[:, None]).long()
@@ -525,6 +519,10 @@ class SteerlensLM(HFLM):
         """What its responses depend on, plain JSON types."""
         return {
             "pretrained": self.name,
+            "revision": str(self.revision),
+            "adapter": str(self.peft),
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
             "steering": self.steering.to_dict(),
             "tags": self.tags,
             "backend": self.attention_backend,

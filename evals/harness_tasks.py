@@ -130,11 +130,16 @@ def check(names: Sequence[str], include_path: Any = None) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load(entry: str) -> tuple[Tasks, list[Any]]:
-    """A task entry (as JSON) with its data, read once for all its runs: lm-eval writes settings into its tasks."""
-    settings = json.loads(entry)
-    name = settings["lm_eval"]
-    tasks = Tasks(include_path=settings.get("include_path"), metadata=settings.get("metadata"))
+def load(name: str, include_path: str | None, metadata: str, settings: str = "") -> tuple[Tasks, list[Any]]:
+    """A task by name or YAML file, or the tasks of a group, with their data, read once.
+
+    Args:
+        name: of the task, or the path of its file.
+        include_path: folder of further task files.
+        metadata: for tasks that are made for a model, as JSON.
+        settings: of the run; lm-eval writes them into its tasks, so that each has tasks of its own.
+    """
+    tasks = Tasks(include_path=include_path, metadata=json.loads(metadata))
     if not tasks.known(name):
         raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
     loaded = tasks.load([name])
