@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from steerlens.evals.compare import (
 )
 from steerlens.evals.doc import BASELINE
 
-from steerlens.paired import difference
+from steerlens.paired import Difference, difference, holm
 
 CHANGED = 12
 """Samples shown of a comparison, at most."""
@@ -67,7 +67,8 @@ def summarize(folder: str | Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """What the result folders of a job show, as plain JSON types.
 
     Every steering is compared with the baseline of its model, on every task and metric; Holm's correction is over the
-    tasks of one steering. Random-head controls are averaged per document and compared with the method they belong to.
+    tasks of one steering. Random-head controls are averaged per document and compared with the method they belong to,
+    with a correction of their own.
     A neutral control must give what the baseline gives, row by row.
 
     Args:
@@ -368,17 +369,22 @@ def _controls(model: str, sides: Sequence[_Side]) -> list[dict[str, Any]]:
     for side in sides:
         label = side.run["label"]
         mine = [control for control in sides if control.run["of"] == label]
+        against: dict[str, _AgainstRandom | None] = {}
         for task, scores in side.scores.items():
             drawn = [c.scores[task].of for c in mine if c.run["role"] == "random_heads" and task in c.scores]
+            against[task] = _against_random(scores, drawn)
+        tested = {task: test.contrast.p for task, test in against.items() if test}
+        adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+        for task, test in against.items():
             moved = [c.moved[task] for c in mine if c.run["role"] == "neutral" and task in c.moved]
-            if drawn or moved:
+            if test or moved:
                 found.append(
                     {
                         "model": model,
                         "task": task,
-                        "metric": scores.metric,
+                        "metric": side.scores[task].metric,
                         "of": label,
-                        **_against_random(f"{task}: {label}", scores, drawn),
+                        **(test.described(f"{task}: {label}", adjusted[task], len(adjusted)) if test else _UNTESTED),
                         "neutral_identical": not any(moved) if moved else None,
                         "neutral_changed": sum(moved) if moved else None,
                     }
@@ -386,24 +392,43 @@ def _controls(model: str, sides: Sequence[_Side]) -> list[dict[str, Any]]:
     return found
 
 
-def _against_random(what: str, scores: _Scores, sets: Sequence[Mapping[tuple[str, str], float]]) -> dict[str, Any]:
+_UNTESTED = dict.fromkeys(("random_heads", "against_random", "p_holm", "verdict", "sentence"))
+
+
+@dataclass(frozen=True)
+class _AgainstRandom:
+    """A steering's scores beside those of its random-head sets."""
+
+    own: float
+    means: tuple[float, ...]
+    contrast: Difference
+    higher_is_better: bool
+
+    def described(self, what: str, p_holm: float, tests: int) -> dict[str, Any]:
+        mean, low, high = _mean(self.means), min(self.means), max(self.means)
+        word = verdict(replace(self.contrast, p=p_holm), self.higher_is_better)
+        adjusted = f", {p_holm:.2g} after Holm's correction for {tests} tests" if tests > 1 else ""
+        return {
+            "random_heads": {"mean": mean, "low": low, "high": high, "sets": len(self.means)},
+            "against_random": self.contrast.to_dict(),
+            "p_holm": p_holm,
+            "verdict": word,
+            "sentence": (
+                f"{what} {shown(self.own)} against {shown(mean)} with random heads ({len(self.means)} drawn, "
+                f"{shown(low)} to {shown(high)}) on {self.contrast.n} documents, a difference of "
+                f"{interval(self.contrast)}, p = {self.contrast.p:.2g}{adjusted}: {word}."
+            ),
+        }
+
+
+def _against_random(scores: _Scores, sets: Sequence[Mapping[tuple[str, str], float]]) -> _AgainstRandom | None:
+    """On the documents that all have a score of; each counts with its mean over the sets."""
     shared = [key for key in scores.of if all(key in drawn for drawn in sets)]
     if not sets or not shared:
-        return {"random_heads": None, "against_random": None, "verdict": None, "sentence": None}
-    means = [_mean(drawn[key] for key in shared) for drawn in sets]
+        return None
     own, averaged = [scores.of[key] for key in shared], [_mean(drawn[key] for drawn in sets) for key in shared]
-    contrast = difference(averaged, own)
-    word = verdict(contrast, scores.higher_is_better)
-    return {
-        "random_heads": {"mean": _mean(means), "low": min(means), "high": max(means), "sets": len(sets)},
-        "against_random": contrast.to_dict(),
-        "verdict": word,
-        "sentence": (
-            f"{what} {shown(_mean(own))} against {shown(_mean(means))} with random heads ({len(sets)} drawn, "
-            f"{shown(min(means))} to {shown(max(means))}), a difference of {interval(contrast)} on {contrast.n} "
-            f"documents, p = {contrast.p:.2g}: {word}."
-        ),
-    }
+    means = tuple(_mean(drawn[key] for key in shared) for drawn in sets)
+    return _AgainstRandom(_mean(own), means, difference(averaged, own), scores.higher_is_better)
 
 
 def _published(entry: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -244,6 +244,7 @@ class TestSummary:
             found["verdict"] == "better"
             and "0.870 against 0.435 with random heads (2 drawn, 0.348 to 0.522)" in (found["sentence"])
         )
+        assert found["p_holm"] == found["against_random"]["p"]  # the other task has no random heads
         assert found["neutral_identical"] is True and found["neutral_changed"] == 0
         other = one(summary["controls"], task="choice")
         assert other["random_heads"] is None and other["neutral_identical"] is True
@@ -256,6 +257,7 @@ class TestSummary:
             ({"logprob": -1.00003}, True),
             ({"logprob": -1.1}, False),
             ({"error": "failed"}, False),
+            ({"doc_hash": "another"}, False),
         ],
     )
     def test_neutral_strength_that_changes_a_row(self, job, change, same):
@@ -265,7 +267,10 @@ class TestSummary:
         write(job / "tiny" / "pasta_neutral", first, NEUTRAL)
         write(job / "tiny" / "baseline", rows, BASELINE)
         found = one(summarize(job, JOB)["controls"], task="conflict")
-        assert (found["neutral_identical"], found["neutral_changed"]) == (same, 0 if same else 1)
+        assert (found["neutral_identical"], found["neutral_changed"]) == (
+            same,
+            0 if same else 2 if "doc_hash" in change else 1,
+        )
 
     def test_published_figures(self, job):
         found = summarize(job, JOB)["published"]
@@ -293,6 +298,19 @@ class TestSummary:
         assert [c["p_holm"] for c in mine] == pytest.approx(holm([c["difference"]["p"] for c in mine]))
         alone = one(found, after="pasta alpha=1", metric="follows")
         assert alone["p_holm"] == alone["difference"]["p"] == 1.0 and alone["verdict"] == "within noise"
+
+    def test_holm_is_over_the_tasks_that_have_random_heads(self, tmp_path):
+        """6 of 6 that change are enough for one task (2 / 2^6 = 0.031), not for two."""
+        sides = [(BASELINE, 0), (METHOD, 6), (RANDOM[0], 0)]
+        runs = [
+            (s, [row(document(task, n), s.label, {"hit": float(n < right)}) for task in "tu" for n in range(30)])
+            for s, right in sides
+        ]
+        for control in summarize(write_job(tmp_path, runs), {})["controls"]:
+            assert control["against_random"]["p"] == pytest.approx(2 / 2**6) and control["p_holm"] == pytest.approx(
+                4 / 2**6
+            )
+            assert control["verdict"] == "within noise"
 
     def test_long_texts_are_clipped(self, tmp_path):
         scores = [(BASELINE, 0.0), (METHOD, 1.0)]
