@@ -1,6 +1,8 @@
 """Summaries of evaluations that never ran: made-up outcomes, real statistics."""
 
+import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,11 @@ def comparison(
 
 def everything(models: tuple[str, ...] = ("tiny",)) -> dict[str, Any]:
     """Many tasks, a sweep, cells, controls, published figures, other metrics, skipped pairs, errors, nasty texts."""
+    return json.loads(_everything(models))
+
+
+@cache
+def _everything(models: tuple[str, ...]) -> str:
     rng = np.random.default_rng(0)
     comparisons, controls, runs = [], [], []
     for model in models:
@@ -125,6 +132,10 @@ def everything(models: tuple[str, ...] = ("tiny",)) -> dict[str, Any]:
                         "neutral_identical": True,
                     }
                 )
+        found = comparison(
+            rng, "conflict", "pasta-tiny random 1", 0.02, model=model, role="random_heads", of="pasta-tiny"
+        )
+        comparisons.append(found | {"changed": []})
         for alpha, share in ((1.0, 0.0), (0.3, 0.5), (0.1, 0.9), (0.03, 1.0), (0.01, 1.0)):
             for task in ("conflict", "json", "needle"):
                 gain = GAINS["pasta-tiny"][task] * share if task != "needle" else -0.1 * share**4
@@ -152,10 +163,10 @@ def everything(models: tuple[str, ...] = ("tiny",)) -> dict[str, Any]:
         comparisons[1]["changed"].insert(0, dict(comparisons[1]["changed"][0], before=text, after=text[::-1]))
         comparisons[1]["changed"][0] |= {"doc_id": 900 + number, "prompt": [{"role": "user", "content": text}]}
     comparisons[2]["errors"] = 2
-    return {
+    summary = {
         "schema": 1,
         "name": "tiny-all",
-        "date": "2026-11-26",
+        "date": "2026-11-26T06-27-31.388834",
         "models": list(models),
         "tasks": [
             {
@@ -219,10 +230,12 @@ def everything(models: tuple[str, ...] = ("tiny",)) -> dict[str, Any]:
             }
             for i in (17, 163)
         ],
+        "job": {"name": "tiny-all", "seeds": [0], "limit": 200, "tasks": [*TASKS], "note": "```"},
         "command": "steerlens eval --config tiny-all.yaml --output results/tiny-all",
         "versions": {"steerlens": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "python": "3.12.3"},
         "fingerprint": "9f2d1c7a0b6e4f35",
     }
+    return json.dumps(summary)
 
 
 def smallest() -> dict[str, Any]:

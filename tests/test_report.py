@@ -112,7 +112,7 @@ class TestContents:
 
     def test_the_words_on_top(self, full):
         summary, page, text = full
-        primary = [e for e in summary["comparisons"] if e["primary"]]
+        primary = [e for e in summary["comparisons"] if e["primary"] and e["role"] in ("method", "sweep")]
         for verdict in ("better", "worse", "within noise"):
             count = sum(e["verdict"] == verdict for e in primary)
             assert count and f"{count} {verdict}" in flat(page.text)
@@ -133,6 +133,7 @@ class TestContents:
             assert "59.5\u00a0% → 81.0\u00a0%" in shown and "[+17.0, +26.0]" in shown and "+22.4" in shown
             assert summary["skipped"][0]["why"] in shown and summary["notes"][0] in shown
             assert "CUDA out of memory at batch size 1" in shown and "17, 163" in shown
+            assert "2026-11-26 06:27" in shown and '"limit": 200' in shown
             assert summary["command"] in shown and "transformers 5.24.0" in shown
         for control in summary["controls"]:
             wanted = f"{100 * control['random_heads']['mean']:.1f}\u00a0%", interval(control["against_random"])
@@ -250,8 +251,11 @@ class TestSmall:
         }
         page, _ = made(tmp_path, summary)
         shown = sum(a.get("class") == "change" for _, a in page.tags)
-        total = sum(len(e["changed"]) for e in summary["comparisons"])
-        assert shown == view.SHOWN_IN_ALL and f"{total - shown} more changed samples" in page.text
+        assert shown == view.SHOWN_IN_ALL
+        assert f"also those of {600 - view.SHOWN_IN_ALL // view.SHOWN_SAMPLES} more comparisons" in page.text
+        assert f"5, {len(every[0]['changed']) - 5} more in summary.json" in page.text
+        summary["comparisons"][0]["changed_total"] = 4321
+        assert "5 of 4321" in made(tmp_path, summary)[0].text
         assert (tmp_path / "report.html").stat().st_size < 6_000_000
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
-from steerlens.evals.report.view import Control, Curve, Effect, Unit
+from steerlens.evals.report.figures import Control, Curve, Effect, Unit
 
 ROW, PLOT = 28, 210
 LEAST_GAP = 13.0
@@ -125,6 +125,10 @@ def curve(shown: Curve) -> Markup:
     ends = [(_plus(p.baseline, p.low), _plus(p.baseline, p.high)) for p in points]
     values = [v for p, end in zip(points, ends, strict=True) for v in (p.baseline, p.steered, *end)]
     inside = [min(1.0, max(0.0, v)) if unit.percent else v for v in values if v is not None]
+    if unit.percent and inside:
+        # a few points must not fill the height
+        middle = min(0.9, max(0.1, (min(inside) + max(inside)) / 2))
+        inside += [middle - 0.1, middle + 0.1]
     y, x = Axis.over(inside, ticks=6), Axis.of_doses([p.dose or 0.0 for p in points] or [1.0])
     said = "; ".join(f"{p.dose:g}: {unit.score(p.steered)} ({p.verdict})" for p in points)
     baselines = [p.baseline for p in points if p.baseline is not None]

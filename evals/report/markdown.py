@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from steerlens.evals.report import view, words
+from steerlens.evals.report import figures, view, words
 
 SHOWN_SAMPLES = 3
 LONGEST = 400
@@ -45,6 +45,9 @@ def _lines(report: view.Report) -> Iterator[str]:
     if report.secondary:
         yield from _heading("Other metrics")
         yield from _figures(report, report.secondary)
+    if report.control_runs:
+        yield from _heading("Control runs")
+        yield from _figures(report, report.control_runs)
     if report.curves:
         yield from _heading("Dose–response")
         for curve in report.curves:
@@ -77,7 +80,7 @@ def _lines(report: view.Report) -> Iterator[str]:
                 (
                     *(c.of, c.task, c.metric, c.unit.score(c.baseline), c.unit.score(c.steered)),
                     f"{c.unit.score(c.random)} ({c.unit.number(c.low)} to {c.unit.number(c.high)}, {c.sets or 0} sets)",
-                    *(c.difference, view.p_value(c.p), c.verdict or view.MISSING),
+                    *(c.difference, figures.p_value(c.p), c.verdict or figures.MISSING),
                     {True: "same outputs", False: "OUTPUTS DIFFER", None: "not run"}[c.neutral],
                 )
                 for c in report.controls
@@ -92,7 +95,7 @@ def _lines(report: view.Report) -> Iterator[str]:
                     *(p.steering, p.task, p.metric, p.model, f"{p.baseline} → {p.steered} ({p.change})"),
                     f"{p.measured_baseline} → {p.measured_steered} ({p.measured_change} {p.interval})"
                     if p.measured
-                    else view.MISSING,
+                    else figures.MISSING,
                     *(p.agrees, p.source),
                 )
                 for p in report.published
@@ -100,13 +103,14 @@ def _lines(report: view.Report) -> Iterator[str]:
         )
     if report.samples:
         yield from _heading("Samples that changed")
-        yield from ("Words that differ are bold.", "")
+        also = f", also those of {words.count(report.unshown, 'more comparison')}" if report.unshown else ""
+        yield from (f"Words that differ are bold. The samples files hold every sample{also}.", "")
         for group in report.samples:
             yield from _samples(report, group)
     if report.skipped:
         yield from _heading("Not run")
         for pair in report.skipped:
-            yield f"- {escape(pair['steering'])} on {escape(pair['task'])}: {escape(pair['why'])}"
+            yield f"- {escape(pair[0])}: {escape(pair[1])}"
     if report.failures:
         yield from _heading(f"{words.count(report.failed, 'sample')} failed")
         for f in report.failures[: view.SHOWN_ERRORS]:
@@ -120,6 +124,9 @@ def _lines(report: view.Report) -> Iterator[str]:
     for label, text in report.made:
         yield f"- {label}: {escape(text)}"
     yield "- Made from `summary.json` by steerlens. With charts: `report.html`."
+    if report.job:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", report.job)), default=0))
+        yield from ("", "The job:", "", f"{fence}json", report.job, fence)
 
 
 def _heading(text: str) -> tuple[str, ...]:
@@ -134,7 +141,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator
     yield ""
 
 
-def _figures(report: view.Report, effects: Sequence[view.Effect]) -> Iterator[str]:
+def _figures(report: view.Report, effects: Sequence[figures.Effect]) -> Iterator[str]:
     model = ("model",) if len(report.models) > 1 else ()
     columns = (*model, "task", "steering", "metric", "n", "unsteered", "steered", f"difference [{report.level}]", "p")
     rows = [
@@ -142,17 +149,17 @@ def _figures(report: view.Report, effects: Sequence[view.Effect]) -> Iterator[st
             *((e.model,) if model else ()),
             *(e.task, e.steering, e.measure),
             f"{e.n}" + (f" ({e.errors} failed)" if e.errors else ""),
-            *(e.unit.score(e.baseline), e.unit.score(e.steered), e.difference, view.p_value(e.p)),
-            *(view.p_value(e.p_holm), e.unit.size(e.detectable), e.verdict),
+            *(e.unit.score(e.baseline), e.unit.score(e.steered), e.difference, figures.p_value(e.p)),
+            *(figures.p_value(e.p_holm), e.unit.size(e.detectable), e.verdict),
         )
         for e in effects
     ]
     yield from _table((*columns, "p (Holm)", "detectable", "verdict"), rows)
 
 
-def _samples(report: view.Report, group: view.Samples) -> Iterator[str]:
+def _samples(report: view.Report, group: figures.Samples) -> Iterator[str]:
     shown = group.shown[:SHOWN_SAMPLES]
-    yield f"**{escape(report.named(group.effect))}**, {escape(group.effect.metric)}"
+    yield f"**{escape(report.named(group.effect))}**, {escape(group.effect.metric)}: {group.count(len(shown))}"
     yield ""
     yield from (
         "| sample | prompt ends | right answer | unsteered | steered | score |",
@@ -163,8 +170,6 @@ def _samples(report: view.Report, group: view.Samples) -> Iterator[str]:
         sides = (_pieces(s.before), _pieces(s.after))
         score = f"{s.before_score} → {s.after_score}"
         yield "| " + " | ".join([*map(escape, cells), *sides, score]) + " |"
-    if more := len(group.shown) + group.more - len(shown):
-        yield from ("", f"{words.count(more, 'more changed sample')} in the samples files.")
     yield ""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from steerlens.evals.report import charts, view, words
+from steerlens.evals.report import charts, figures, view, words
 
 
 def render(report: view.Report) -> str:
@@ -25,11 +25,11 @@ def render(report: view.Report) -> str:
         sections=_sections(report),
         charts=charts,
         count=words.count,
-        p_value=view.p_value,
+        p_value=figures.p_value,
         grouped=view.grouped,
         by_measure=attrgetter("key"),
         by_steering=attrgetter("of"),
-        missing=view.MISSING,
+        missing=figures.MISSING,
         shown=lambda value: f"{value:g}" if isinstance(value, float) else value,
         shown_errors=view.SHOWN_ERRORS,
         score_text=charts.score_text,
@@ -58,7 +58,7 @@ def _sections(report: view.Report) -> list[tuple[str, str]]:
     return [(name, title) for name, title, content in every if content]
 
 
-def _axis(report: view.Report, forest: view.Forest) -> charts.Axis:
+def _axis(report: view.Report, forest: figures.Forest) -> charts.Axis:
     effects = [e for group in forest.groups for e in group.effects]
     values: list[float | None] = [0.0]
     for effect in effects:
@@ -66,6 +66,6 @@ def _axis(report: view.Report, forest: view.Forest) -> charts.Axis:
     return charts.Axis.over(values)
 
 
-def _by_unit(controls: tuple[view.Control, ...]) -> list[tuple[view.Unit, list[view.Control]]]:
+def _by_unit(controls: tuple[figures.Control, ...]) -> list[tuple[figures.Unit, list[figures.Control]]]:
     found = view.grouped(controls, lambda c: "" if c.unit.percent else c.metric)
     return [(group[0].unit, group) for group in found.values()]

@@ -1,4 +1,4 @@
-"""What a report shows: the numbers of `summary.json`, grouped, and as text."""
+"""What a report shows: `summary.json` in groups."""
 
 from __future__ import annotations
 
@@ -7,13 +7,29 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from steerlens.evals.report.figures import (
+    MISSING,
+    Changed,
+    Control,
+    Curve,
+    Effect,
+    Failure,
+    Forest,
+    Grid,
+    Grids,
+    Group,
+    Published,
+    Samples,
+    Task,
+    Unit,
+)
 
 from steerlens.errors import SteerlensError
 
 SCHEMA = 1
-MISSING = "–"
+CONTROLS = ("random_heads", "neutral")
 SHOWN_SAMPLES = 5
 SHOWN_IN_ALL = 100
 SHOWN_ERRORS = 20
@@ -28,274 +44,6 @@ class ReportError(SteerlensError, ValueError):
     """A summary that no report can be made of."""
 
     exit_code = 2
-
-
-@dataclass(frozen=True)
-class Unit:
-    """How a metric's numbers are written: as percentages, and their differences as points, or as they are."""
-
-    percent: bool
-
-    def number(self, value: float | None) -> str:
-        """A score without its unit."""
-        if value is None:
-            return MISSING
-        return f"{100 * value:.1f}" if self.percent else f"{value:.4g}"
-
-    def score(self, value: float | None) -> str:
-        """A score with its unit."""
-        return self.number(value) + ("\u00a0%" if self.percent and value is not None else "")
-
-    def change(self, value: float | None) -> str:
-        """A signed difference."""
-        if value is None:
-            return MISSING
-        text = f"{100 * value:+.1f}" if self.percent else f"{value:+.3g}"
-        return text[1:] if float(text) == 0 else text
-
-    def interval(self, low: float | None, high: float | None) -> str:
-        """Bounds of a difference."""
-        return MISSING if low is None or high is None else f"[{self.change(low)}, {self.change(high)}]"
-
-    def size(self, value: float | None) -> str:
-        """A difference without a sign."""
-        return self.change(value).lstrip("+")
-
-
-@dataclass(frozen=True)
-class Effect:
-    """One comparison of a steering with the unsteered model; a number is None where the summary has none."""
-
-    model: str
-    task: str
-    metric: str
-    steering: str
-    role: str
-    of: str | None
-    parameter: str | None
-    dose: float | None
-    primary: bool
-    higher_is_better: bool
-    n: int
-    errors: int
-    baseline: float | None
-    steered: float | None
-    mean: float | None
-    low: float | None
-    high: float | None
-    confidence: float
-    p: float | None
-    p_holm: float | None
-    detectable: float | None
-    verdict: str
-    sentence: str
-    cells: tuple[Mapping[str, Any], ...]
-    changed: tuple[Mapping[str, Any], ...]
-    changed_total: int
-    unit: Unit
-
-    @property
-    def kind(self) -> str:
-        """The verdict as a class name: better, worse or noise."""
-        return self.verdict if self.verdict in ("better", "worse") else "noise"
-
-    @property
-    def measure(self) -> str:
-        """The metric, and which way it is good where that is not up."""
-        return self.metric if self.higher_is_better else f"{self.metric}, lower is better"
-
-    @property
-    def difference(self) -> str:
-        """Mean and interval."""
-        return f"{self.unit.change(self.mean)} {self.unit.interval(self.low, self.high)}"
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What it was measured on and by."""
-        return self.model, self.task, self.metric
-
-
-@dataclass(frozen=True)
-class Group:
-    """Effects that belong together, under a heading."""
-
-    title: str
-    effects: tuple[Effect, ...]
-
-
-@dataclass(frozen=True)
-class Forest:
-    """Effects on one axis, by task."""
-
-    model: str
-    unit: Unit
-    metric: str | None
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One steering at several strengths on one task, weakest first."""
-
-    model: str
-    task: str
-    metric: str
-    parameter: str
-    points: tuple[Effect, ...]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Scores over a task's grid.
-
-    Attributes:
-        title: whose scores.
-        x, y: names of the coordinates; y may be missing.
-        columns, rows: their values, in order.
-        values: by (column, row); a cell without samples is left out.
-        counts: samples per cell.
-    """
-
-    title: str
-    x: str
-    y: str | None
-    columns: tuple[Any, ...]
-    rows: tuple[Any, ...]
-    values: Mapping[tuple[Any, Any], float]
-    counts: Mapping[tuple[Any, Any], int]
-
-
-@dataclass(frozen=True)
-class Grids:
-    """Grids with one colour scale: the unsteered model's, then one per steering that has the same baseline.
-
-    Attributes:
-        low, high: ends of the scale.
-        before: the unsteered model.
-        after: steerings; `swept`: the strengths of a sweep, where there are others too.
-    """
-
-    model: str
-    task: str
-    metric: str
-    unit: Unit
-    low: float
-    high: float
-    before: Grid
-    after: tuple[Grid, ...]
-    swept: tuple[Grid, ...]
-
-
-@dataclass(frozen=True)
-class Control:
-    """A steering beside random heads and neutral parameters; a number is None where the summary has none.
-
-    Attributes:
-        random, low, high: mean, lowest and highest score of the random sets.
-        mean, interval_low, interval_high, p: the paired difference, steered minus random.
-        helped: whether the steering is better than the unsteered model.
-        neutral: whether neutral parameters gave the unsteered outputs.
-    """
-
-    model: str
-    task: str
-    metric: str
-    of: str
-    unit: Unit
-    baseline: float | None
-    steered: float | None
-    random: float | None
-    low: float | None
-    high: float | None
-    sets: int | None
-    mean: float | None
-    interval_low: float | None
-    interval_high: float | None
-    p: float | None
-    verdict: str
-    sentence: str
-    helped: bool
-    neutral: bool | None
-
-    @property
-    def kind(self) -> str:
-        """The verdict as a class name: better, worse or noise."""
-        return self.verdict if self.verdict in ("better", "worse") else "noise"
-
-    @property
-    def difference(self) -> str:
-        """Steered minus random heads."""
-        return f"{self.unit.change(self.mean)} {self.unit.interval(self.interval_low, self.interval_high)}"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published figure and what was measured; texts."""
-
-    model: str
-    task: str
-    metric: str
-    steering: str
-    source: str
-    baseline: str
-    steered: str
-    change: str
-    measured: bool
-    measured_baseline: str
-    measured_steered: str
-    measured_change: str
-    interval: str
-    agrees: str
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A sample whose output changed; the sides are (text, whether it differs)."""
-
-    doc_id: str
-    prompt: str
-    target: str
-    before: tuple[tuple[str, bool], ...]
-    after: tuple[tuple[str, bool], ...]
-    before_score: str
-    after_score: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Changed samples of one comparison; `more` are not shown."""
-
-    effect: Effect
-    shown: tuple[Changed, ...]
-    more: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Samples that failed the same way."""
-
-    model: str
-    steering: str
-    task: str
-    error: str
-    docs: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """The documents, the first ten by number."""
-        more = len(self.docs) - 10
-        return ", ".join(self.docs[:10]) + (f" and {more} more" if more > 0 else "")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What was asked."""
-
-    name: str
-    summary: str
-    primary: str
-    metrics: tuple[str, ...]
 
 
 class Report:
@@ -324,12 +72,14 @@ class Report:
     def _read(self) -> None:
         summary = self.summary
         self.name = str(summary.get("name") or "evaluation")
-        self.date = str(summary.get("date") or "")
+        # lm-eval's dates have hyphens for colons, as file names
+        self.date = re.sub(r"T(\d\d)[-:](\d\d).*", r" \1:\2", str(summary.get("date") or ""))
         self.models = tuple(_model(model) for model in summary.get("models") or ())
         self.tasks = tuple(_task(task) for task in summary.get("tasks") or ())
         units = _units(summary["comparisons"])
         every = tuple(_effect(entry, units[entry["metric"]]) for entry in summary["comparisons"])
-        self.effects = tuple(e for e in every if e.role not in ("random_heads", "neutral"))
+        self.effects = tuple(e for e in every if e.role not in CONTROLS)
+        self.control_runs = tuple(e for e in every if e.primary and e.role in CONTROLS)
         self.primary = tuple(e for e in self.effects if e.primary)
         self.secondary = tuple(e for e in self.effects if not e.primary)
         if not self.models:
@@ -341,13 +91,14 @@ class Report:
         self.controls = tuple(self._controls(units))
         self.published = tuple(_published(entry) for entry in summary.get("published") or ())
         self.samples = tuple(self._samples())
-        self.more_samples = sum(e.changed_total for e in self.primary) - sum(len(s.shown) for s in self.samples)
-        self.skipped = tuple(summary.get("skipped") or ())
+        self.unshown = sum(bool(e.changed) for e in self.primary) - len(self.samples)
+        self.skipped = tuple(_skipped(entry) for entry in summary.get("skipped") or ())
         self.notes = tuple(map(str, summary.get("notes") or ()))
         self.failures = tuple(_failures(summary.get("errors") or ()))
         self.failed = len(summary.get("errors") or ())
         self.runs = tuple(summary.get("runs") or ())
-        self.made = tuple(_made(summary))
+        self.made = tuple(_made(summary, self.date))
+        self.job = json.dumps(summary["job"], indent=2, ensure_ascii=False) if summary.get("job") else ""
 
     @property
     def level(self) -> str:
@@ -445,18 +196,11 @@ class Report:
         room = SHOWN_IN_ALL
         # what steering is judged by first: every comparison is represented before strengths of a sweep take the room
         for effect in sorted(self.primary, key=lambda e: e.role == "sweep"):
-            if effect.changed:
+            if effect.changed and room:
                 count = min(SHOWN_SAMPLES, room, len(effect.changed))
                 room -= count
                 shown = tuple(_changed(entry, effect) for entry in effect.changed[:count])
-                yield Samples(effect, shown, effect.changed_total - count)
-
-
-def p_value(p: float | None) -> str:
-    """Two digits; what lies below the smallest double is said to."""
-    if p is None:
-        return MISSING
-    return "<1e-300" if p == 0 else f"{p:.2g}"
+                yield Samples(effect, shown)
 
 
 def clean(value: Any) -> Any:
@@ -548,7 +292,7 @@ def _effect(entry: Mapping[str, Any], unit: Unit) -> Effect:
         sentence=str(entry.get("sentence") or ""),
         cells=tuple(entry.get("cells") or ()),
         changed=tuple(changed),
-        changed_total=int(entry.get("changed_total") or len(changed)),
+        changed_total=None if entry.get("changed_total") is None else int(entry["changed_total"]),
         unit=unit,
     )
 
@@ -651,10 +395,17 @@ def _failures(errors: Sequence[Mapping[str, Any]]) -> Iterator[Failure]:
         yield Failure(model, steering, task, _shortened(error, 600), docs)
 
 
-def _made(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _skipped(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """A steering and where it did not run, and why."""
+    where = "all tasks" if entry["task"] == "*" else entry["task"]
+    return f"{entry['steering']} on {where}", str(entry.get("why") or "")
+
+
+def _made(summary: Mapping[str, Any], date: str) -> Iterator[tuple[str, str]]:
     """Names and texts of what the summary says about how it was made."""
+    if date:
+        yield "Date", date
     labels = {
-        "date": "Date",
         "command": "Command",
         "versions": "Versions",
         "git_hash": "Commit",

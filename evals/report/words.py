@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steerlens.evals.report.view import Effect, Grid, Report
+from steerlens.evals.report.figures import Effect, Grid
+from steerlens.evals.report.view import Report
 
 NAMED = 3
 
@@ -70,7 +71,7 @@ def _direction(report: Report, verdict: str) -> str:
 
 def _moved(report: Report, series: Sequence[Effect]) -> str:
     effect, unit = series[0], series[0].unit
-    others = f", the most of {len(series)} strengths" if len(series) > 1 else ""
+    others = f", the largest effect of {len(series)} strengths" if len(series) > 1 else ""
     return (
         f"{report.named(effect)} from {unit.score(effect.baseline)} to {unit.score(effect.steered)} "
         f"({effect.difference}{others})"
