@@ -162,6 +162,24 @@ class _Part:
     logprob: float
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """One steering's turn at a batch.
+
+    Attributes:
+        chosen: items that it can be run on.
+        rows: their rows in the whole batch.
+        batch: these rows.
+        columns: how many it leaves as they are, to be taken over from the unsteered run.
+    """
+
+    steering: Steering
+    chosen: list[int]
+    rows: list[int]
+    batch: Batch
+    columns: int
+
+
 class _Job:
     """One task on one model."""
 
@@ -175,42 +193,48 @@ class _Job:
         self.stops, self.ends = stops, sorted({end for end in ends if isinstance(end, int)})
 
     def batch(self, rows: Sequence[Row]) -> Batch:
+        """Rows as the model is given them."""
         return Batch(rows, self.runner.pad, self.model.device)
 
     def run(self, items: list[Item], steerings: list[Steering]) -> Found:
+        """All steerings on all items, as one batch."""
         owners = [i for i, item in enumerate(items) for _ in item.rows]
-        batch, prefix = self.batch([row for item in items for row in item.rows]), self.runner.prefix
+        whole, prefix = self.batch([row for item in items for row in item.rows]), self.runner.prefix
+        # the unsteered run first, which the others may start from
+        order = sorted(steerings, key=lambda s: len(s.methods) > 0)
+        turns = [self._turn(steering, items, owners, whole) for steering in order]
+        share = any(turn.columns for turn in turns)
         found: Found = {}
-        members, parts, columns = {}, {}, {}
-        for s in steerings:
-            members[s.label] = [i for i, item in enumerate(items) if item.refused(_needs(s.methods)) is None]
-            rows = [row for row, owner in enumerate(owners) if owner in set(members[s.label])]
-            parts[s.label] = rows, batch if len(rows) == len(owners) else batch.select(rows)
-            columns[s.label] = prefix.columns(s.methods, parts[s.label][1]) if prefix is not None and rows else 0
-        keep = prefix is not None and any(columns.values())
         try:
-            for s in sorted(steerings, key=lambda s: len(s.methods) > 0):
-                rows, part = parts[s.label]
-                begun, results = time.perf_counter(), {}
-                if rows:
-                    cache = prefix.start(columns[s.label], part, rows) if prefix is not None else None
-                    torch.manual_seed(self.seed)
-                    run = self._choices if self.task.output == "choices" else self._texts
-                    chosen = [items[i] for i in members[s.label]]
-                    results = dict(
-                        zip(members[s.label], run(chosen, s, part, cache, keep and not s.methods), strict=True)
-                    )
-                seconds = (time.perf_counter() - begun) / max(len(results), 1)
-                found[s.label] = [
-                    replace(results[i], seconds=seconds)
-                    if i in results
-                    else Outcome(error=item.refused(_needs(s.methods)))
-                    for i, item in enumerate(items)
-                ]
+            for turn in turns:
+                found[turn.steering.label] = self._outcomes(turn, items, share and not turn.steering.methods)
         finally:
             if prefix is not None:
                 prefix.drop()
         return {s.label: found[s.label] for s in steerings}
+
+    def _turn(self, steering: Steering, items: list[Item], owners: list[int], whole: Batch) -> _Turn:
+        needs = _needs(steering.methods)
+        chosen = [i for i, item in enumerate(items) if item.refused(needs) is None]
+        rows = [row for row, owner in enumerate(owners) if owner in chosen]
+        batch = whole if len(rows) == len(owners) else whole.select(rows)
+        prefix = self.runner.prefix
+        columns = prefix.columns(steering.methods, batch) if prefix is not None and rows else 0
+        return _Turn(steering, chosen, rows, batch, columns)
+
+    def _outcomes(self, turn: _Turn, items: list[Item], keep: bool) -> list[Outcome]:
+        prefix, needs = self.runner.prefix, _needs(turn.steering.methods)
+        outcomes = [Outcome(error=item.refused(needs)) for item in items]
+        if turn.chosen:
+            begun = time.perf_counter()
+            cache = prefix.start(turn.columns, turn.batch, turn.rows) if prefix is not None else None
+            torch.manual_seed(self.seed)
+            run = self._choices if self.task.output == "choices" else self._texts
+            results = run([items[i] for i in turn.chosen], turn.steering, turn.batch, cache, keep)
+            seconds = (time.perf_counter() - begun) / len(results)
+            for i, outcome in zip(turn.chosen, results, strict=True):
+                outcomes[i] = replace(outcome, seconds=seconds)
+        return outcomes
 
     def _steered(self, methods: Sequence[Method], batch: Batch, prompts: list[int] | None = None) -> Any:
         if not methods:
