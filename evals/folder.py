@@ -25,6 +25,7 @@ from steerlens import files
 
 _WORKER = re.compile(r"worker-(\d+)-of-(\d+)\.jsonl\Z")
 _END = b'{"end": '
+_WAY_OUT = "remove this file, and --resume runs its batches again"
 
 
 class FolderError(JobError):
@@ -287,10 +288,10 @@ def _ends(path: Path) -> Iterator[End]:
                     data["end"], data["rows"], data["errors"], data["seconds"], data["extra"], path, start, position
                 )
             except (ValueError, KeyError, TypeError):
-                raise FolderError(f"{path}:{number} is no end of a batch; start anew in another --output") from None
+                raise FolderError(f"{path}:{number} is no end of a batch; {_WAY_OUT}") from None
             if broken or end.rows != rows:
                 what = f"line {broken} is no sample" if broken else f"{end.rows} samples were written, {rows} are there"
-                raise FolderError(f"{path}: batch {end.batch} is damaged: {what}; start anew in another --output")
+                raise FolderError(f"{path}: batch {end.batch} is damaged: {what}; {_WAY_OUT}")
             yield end
             start, rows = position, 0
 
