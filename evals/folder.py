@@ -177,15 +177,18 @@ class Folder:
         """
         self.check(job, worker, resume)
         plan = self.read_plan() if self.planned else make()
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / "folder.lock"):
-            # another worker may have been first
-            self.check(job, worker, resume)
-            if not self.planned:
-                files.write(self.path / "plan.json", _json(plan.to_dict()))
-                files.write(self.path / "job.json", _json({**job.compared(), "fingerprint": job.fingerprint}))
-            self.plan = self.read_plan()
-            self._claim(worker)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.work / "folder.lock"):
+                # another worker may have been first
+                self.check(job, worker, resume)
+                if not self.planned:
+                    files.write(self.path / "plan.json", _json(plan.to_dict()))
+                    files.write(self.path / "job.json", _json({**job.compared(), "fingerprint": job.fingerprint}))
+                self.plan = self.read_plan()
+                self._claim(worker)
+        except OSError as error:
+            raise FolderError(f"--output {self.path} cannot be written: {error.strerror or error}") from error
         try:
             yield self
         finally:

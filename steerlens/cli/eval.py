@@ -177,8 +177,10 @@ def evaluate(
         return _finish(driver.merge(job, target), target, as_json, show_it=True)
     state = _run(job, driver.Options(target, worker, resume, cache, device))
     code = _finish(state, target, as_json, show_it=state.written or worker.count == 1)
-    # a launcher ends all its processes when one of them fails
-    return 0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else code
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        show.note(f"this is one of several processes, which all end when one fails: exit 0 here, --merge gives {code}")
+        return 0
+    return code
 
 
 def _check(
@@ -355,7 +357,7 @@ def _run(job: Job, how: Any) -> State:
 
         try:
             return Evaluation(job, how, advance=advance, note=show.note).run(begin)
-        except guard.Stopped:
+        except (guard.Stopped, OSError):
             show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
             raise
 
