@@ -259,11 +259,14 @@ def prefetch(job: Job, note: Any) -> None:
         note: called with a line per thing that is there.
 
     Raises:
-        ModelLoadError, TaskError: for what cannot be had.
+        ModelLoadError, TaskError, MetricError: for what cannot be had.
     """
+    from steerlens.evals.evaluate import prepare_metrics
+
     for entry in job.models:
         _prefetch_model(entry)
         note(f"model {entry.name} is here")
+    prepare_metrics(job)
     for name, task in job.loaded.items():
         if isinstance(task, LmTask):
             from steerlens.evals import harness_tasks

@@ -190,7 +190,9 @@ def sample_row(
 
 def slug(name: str) -> str:
     """A name as part of a path, as lm-eval makes it."""
-    return re.sub(r"[^\w.=+-]+", "_", name).strip("_") or "_"
+    found = re.sub(r"[^\w.=+-]+", "_", name).strip("_")
+    # dots alone would be this folder, or the one above
+    return found if found.strip(".") else "_"
 
 
 def _digest(content: Sequence[Any]) -> str:

@@ -16,7 +16,7 @@ from steerlens.evals import results
 from steerlens.evals.doc import Doc, Outcome, Steering, sample_row
 from steerlens.evals.folder import Folder, FolderError, Worker
 from steerlens.evals.job import Job, JobError, LmTask, ModelEntry
-from steerlens.evals.plan import Batch, Documents, make, share
+from steerlens.evals.plan import Batch, Documents, make, offline_unless_reachable, share
 
 from steerlens import files, models
 
@@ -96,14 +96,18 @@ class Evaluation:
         Raises:
             JobError: if the folder is not this job's, or is at work; nothing is written then.
         """
-        from accelerate.utils.memory import clear_device_cache
-        from steerlens.evals import metrics
+        folder = Folder(self.options.output)
+        folder.check(self.job, self.options.worker, self.options.resume)
+        prepare_metrics(self.job)
+        with offline_unless_reachable(self.job, self.note):
+            self._share(folder, begin)
+        return finish(self.job, folder, self._described())
 
-        options, folder = self.options, Folder(self.options.output)
-        folder.check(self.job, options.worker, options.resume)
-        for task in self.job.loaded.values():
-            for name, arguments in () if isinstance(task, LmTask) else task.spec.metrics:
-                metrics.get(name).prepare(arguments)
+    def _share(self, folder: Folder, begin: Callable[[int, int], Any]) -> None:
+        """Run the batches of this worker that are not done."""
+        from accelerate.utils.memory import clear_device_cache
+
+        options = self.options
         with folder.enter(self.job, lambda: make(self.job, self.documents), options.worker, resume=options.resume):
             done = folder.done()
             mine = share(folder.plan.batches, options.worker.index, options.worker.count)
@@ -113,7 +117,6 @@ class Evaluation:
                 self._model(folder, self.job.model(name), list(batches))
                 # the next model needs the room
                 clear_device_cache(garbage_collection=True)
-        return finish(self.job, folder, self._described())
 
     def _model(self, folder: Folder, entry: ModelEntry, batches: Sequence[Batch]) -> None:
         from steerlens.evals.runner import Runner
@@ -235,6 +238,15 @@ def _scored(task: Any, doc: Doc, outcome: Outcome) -> tuple[Mapping[str, float],
         return {}, Outcome(None, f"the metrics failed: {type(error).__name__}: {error}", outcome.seconds)
 
 
+def prepare_metrics(job: Job) -> None:
+    """Raise `MetricError` for a metric of the job that lacks a library or data."""
+    from steerlens.evals import metrics
+
+    for task in job.loaded.values():
+        for name, arguments in () if isinstance(task, LmTask) else task.spec.metrics:
+            metrics.get(name).prepare(arguments)
+
+
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
@@ -287,8 +299,10 @@ def finish(job: Job, folder: Folder, describe: Mapping[str, Any], *, again: bool
 def _write(job: Job, folder: Folder, describe: Mapping[str, Any]) -> dict[str, Any]:
     from steerlens.evals import report, stats
 
-    results.write(folder, job, describe)
+    failed = results.write(folder, job, describe)
     summary: dict[str, Any] = stats.summarize(folder.path, {**job.to_dict(), "skipped": list(folder.plan.skipped)})
+    summary["notes"] = [*failed, *summary["notes"]]
+    summary |= results.origin() | {"fingerprint": job.fingerprint, "job": job.described()}
     files.write(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
     report.write(folder.path, summary)
     return summary

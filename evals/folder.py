@@ -25,6 +25,7 @@ from steerlens import files
 
 _WORKER = re.compile(r"worker-(\d+)-of-(\d+)\.jsonl\Z")
 _END = b'{"end": '
+_WAY_OUT = "remove this file, and --resume runs its batches again"
 
 
 class FolderError(JobError):
@@ -176,15 +177,18 @@ class Folder:
         """
         self.check(job, worker, resume)
         plan = self.read_plan() if self.planned else make()
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / "folder.lock"):
-            # another worker may have been first
-            self.check(job, worker, resume)
-            if not self.planned:
-                files.write(self.path / "plan.json", _json(plan.to_dict()))
-                files.write(self.path / "job.json", _json({**job.compared(), "fingerprint": job.fingerprint}))
-            self.plan = self.read_plan()
-            self._claim(worker)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.work / "folder.lock"):
+                # another worker may have been first
+                self.check(job, worker, resume)
+                if not self.planned:
+                    files.write(self.path / "plan.json", _json(plan.to_dict()))
+                    files.write(self.path / "job.json", _json({**job.compared(), "fingerprint": job.fingerprint}))
+                self.plan = self.read_plan()
+                self._claim(worker)
+        except OSError as error:
+            raise FolderError(f"--output {self.path} cannot be written: {error.strerror or error}") from error
         try:
             yield self
         finally:
@@ -287,10 +291,10 @@ def _ends(path: Path) -> Iterator[End]:
                     data["end"], data["rows"], data["errors"], data["seconds"], data["extra"], path, start, position
                 )
             except (ValueError, KeyError, TypeError):
-                raise FolderError(f"{path}:{number} is no end of a batch; start anew in another --output") from None
+                raise FolderError(f"{path}:{number} is no end of a batch; {_WAY_OUT}") from None
             if broken or end.rows != rows:
                 what = f"line {broken} is no sample" if broken else f"{end.rows} samples were written, {rows} are there"
-                raise FolderError(f"{path}: batch {end.batch} is damaged: {what}; start anew in another --output")
+                raise FolderError(f"{path}: batch {end.batch} is damaged: {what}; {_WAY_OUT}")
             yield end
             start, rows = position, 0
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -17,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -37,6 +39,8 @@ _MOST_PROBLEMS = 20
 _NOT_COMPARED = ("output",)
 _PLACEMENT = ("device_map", "gpus_per_replica")
 _COMPUTED = ("fingerprint", "task_fingerprints")
+_LONGEST = 200
+"""Bytes of a name in a path: file systems take 255, of which a date and an ending need some."""
 
 
 class JobError(SteerlensError, ValueError):
@@ -371,16 +375,27 @@ class Job(Part):
     max_new_tokens: Count | None = None
     output: Name | None = None
     published: list[Published] = Field(default_factory=list)
+    _source: str = PrivateAttr("")
+    _lines: plainyaml.Lines = PrivateAttr(default_factory=dict)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """The job in a YAML file; task files, recipes and folders in it are looked up beside it first.
+        """The job in a YAML file, else the one shipped under that name.
+
+        Task files, recipes and folders in it are looked up beside it first.
 
         Raises:
             JobError: naming the file, the line, the place, what is allowed and the nearest name.
         """
+        known = shipped()
+        if str(path) in known and not path.exists():
+            path = known[str(path)]
         try:
             data, lines = plainyaml.read(path.read_bytes())
+        except FileNotFoundError:
+            raise JobError(
+                f"{path} is neither a file nor a shipped job ({', '.join(known)}){nearest(str(path), known)}"
+            ) from None
         except OSError as error:
             raise JobError(f"{path} cannot be read: {error.strerror or error}") from None
         except plainyaml.PlainYamlError as error:
@@ -438,12 +453,13 @@ class Job(Part):
             where = _where(source, lines, ("steerings", index))
             try:
                 found = entry.resolved()
-                for steering in found.steerings():
-                    first = labels.setdefault(slug(steering.label).lower(), steering.label)
-                    if first is not steering.label:
+                for label in self._labels(found):
+                    _check_length("label", label)
+                    first = labels.setdefault(slug(label).lower(), label)
+                    if first is not label:
                         raise ValueError(
-                            f"the label {steering.label!r} is taken by {first!r} (letters, digits and '.=+-' tell "
-                            "labels apart); give another 'label'"
+                            f"the label {label!r} is taken by {first!r} (letters, digits and '.=+-' tell "
+                            "labels apart, and controls have labels too); give another 'label'"
                         )
                 entries.append(found)
             except SteerlensError as error:
@@ -461,10 +477,28 @@ class Job(Part):
                     f"{_where(source, lines, ('models', index))}: the name {model.name!r} is there twice; "
                     "give one of them a 'label'"
                 )
+            try:
+                _check_length("name", model.name)
+            except ValueError as error:
+                problems.append(f"{_where(source, lines, ('models', index))}: {error}")
         problems += self._unknown_names(source, lines, entries)
         if problems:
             raise JobError("\n".join(problems[:_MOST_PROBLEMS]))
-        return self.model_copy(update={"steerings": entries})
+        job = self.model_copy(update={"steerings": entries})
+        job._source, job._lines = source, lines
+        return job
+
+    def changed(self, **values: Any) -> Self:
+        """The same job with other values of some fields."""
+        return self.from_dict(self.to_dict() | values, self._source, lines=self._lines)
+
+    def _labels(self, entry: SteeringEntry) -> list[str]:
+        """What results call the steerings of an entry and their controls."""
+        found = [steering.label for steering in entry.steerings()]
+        if entry.sweep is None:
+            found += [f"{found[0]} random {number}" for number in range(1, self.controls.random_heads + 1)]
+            found += [f"{found[0]} neutral"] * self.controls.neutral
+        return found
 
     def _unknown_names(self, source: str, lines: plainyaml.Lines, entries: Sequence[SteeringEntry]) -> list[str]:
         known = [model.name for model in self.models]
@@ -496,20 +530,27 @@ class Job(Part):
         from steerlens.evals import task as own
 
         found: dict[str, Task | LmTask] = {}
-        for entry in self.tasks:
+        for index, entry in enumerate(self.tasks):
             task: Task | LmTask
+            place = f"{_where(self._source, self._lines, ('tasks', index))}: "
             if entry.lm_eval is not None:
                 task = LmTask(entry)
             else:
-                task = own.load(str(entry.task), **entry.overrides)
+                try:
+                    task = own.load(str(entry.task), **entry.overrides)
+                except own.TaskError as error:
+                    raise JobError(f"{place}{error}") from error
                 task = self._with_settings(task)
             if task.name in found:
                 raise JobError(
-                    f"the task {task.name!r} is in the job twice; to vary a parameter copy its file under another "
-                    "name, or run two jobs"
+                    f"{place}the task {task.name!r} is in the job twice; to vary a parameter copy its file under "
+                    "another name, or run two jobs"
                 )
             found[task.name] = task
-        self._check_lm_eval([task for task in found.values() if isinstance(task, LmTask)])
+        try:
+            self._check_lm_eval([task for task in found.values() if isinstance(task, LmTask)])
+        except SteerlensError as error:
+            raise JobError(f"{self._source}: {error}") from error
         names = {entry.task: task.name for entry, task in zip(self.tasks, found.values(), strict=True)}
         for steering in self.steerings:
             for name in steering.tasks or ():
@@ -570,6 +611,19 @@ class Job(Part):
         """Plain JSON types; `from_dict` reads it back."""
         return json.loads(self.model_dump_json(by_alias=True, exclude_none=True))
 
+    def described(self) -> dict[str, Any]:
+        """As `to_dict`, with names in place of this machine's paths: what a report may show."""
+        found: dict[str, Any] = {key: value for key, value in self.to_dict().items() if key != "output"}
+        for task, name in zip(found["tasks"], self.loaded, strict=True):
+            task.pop("include_path", None)
+            if "task" in task:
+                task["task"] = name
+        made_for = [entry["made_for"] for entry in found["steerings"] if "made_for" in entry]
+        for model in (*found["models"], *made_for):
+            if Path(model["id"]).is_absolute():
+                model["id"] = Path(model["id"]).name
+        return found
+
     def compared(self) -> dict[str, Any]:
         """All that shapes the results, by key: what two runs in one folder must share; where they run may change."""
         shaping = {key: value for key, value in self.to_dict().items() if key not in _NOT_COMPARED}
@@ -582,6 +636,18 @@ class Job(Part):
     def fingerprint(self) -> str:
         """Of `compared`."""
         return _digest(self.compared())
+
+
+def shipped() -> dict[str, Path]:
+    """The jobs that come with the package, by name."""
+    files = (Path(str(file)) for file in resources.files("steerlens.evals.jobs").iterdir())
+    return {path.stem: path for path in sorted(files) if path.suffix == ".yaml"}
+
+
+def _check_length(what: str, name: str) -> None:
+    """Raise `ValueError` for a name that no folder can have."""
+    if len(slug(name).encode()) > _LONGEST:
+        raise ValueError(f"the {what} {name!r:.80} is longer than {_LONGEST} bytes; give a shorter 'label'")
 
 
 def _digest(data: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -102,6 +104,8 @@ class Documents:
     def __init__(self, job: Job) -> None:
         self._job = job
         self.of: Callable[[str, int], list[Doc]] = lru_cache(maxsize=8)(self._of)
+        # a batch asks for it each time, and it reads every document
+        self._digest_of = lru_cache(maxsize=None)(lambda task, seed: digest_of(self.of(task, seed)))
 
     def _of(self, task: str, seed: int) -> list[Doc]:
         found: Any = self._job.loaded[task]
@@ -113,7 +117,7 @@ class Documents:
     def checked(self, task: str, seed: int, digest: str) -> list[Doc]:
         """The documents, if they are those of the plan."""
         docs = self.of(task, seed)
-        if digest_of(docs) != digest:
+        if self._digest_of(task, seed) != digest:
             raise JobError(
                 f"task {task!r}: its documents are not those that this job was planned with; its data set has changed "
                 "(pin its 'revision'), or another version of steerlens generates them: start anew in another --output"
@@ -124,6 +128,36 @@ class Documents:
 def digest_of(docs: Sequence[Doc]) -> str:
     """A fingerprint of documents in their order."""
     return hashlib.sha256("".join(doc.doc_hash for doc in docs).encode()).hexdigest()
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def offline_unless_reachable(job: Job, note: Callable[[str], Any]) -> Iterator[None]:
+    """Use only what is in the cache where the Hub does not answer; its clients would ask again for every file.
+
+    Args:
+        job: asked only if a model or a task of it may be on the Hub.
+        note: called with a line if the Hub is out of reach.
+    """
+    from huggingface_hub import constants
+
+    remote = any("/" in model.target and not _is_folder(model.target) for model in job.models)
+    remote = remote or any(isinstance(task, LmTask) or not task.offline for task in job.loaded.values())
+    if not remote or constants.HF_HUB_OFFLINE or hub_is_reachable():
+        yield
+        return
+    note("the Hub cannot be reached: models and data are taken from the cache")
+    settings = [constants, *(sys.modules[name] for name in ("datasets.config",) if name in sys.modules)]
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    for module in settings:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 # --- models without their weights -------------------------------------------------------------------------------------

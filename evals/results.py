@@ -44,24 +44,33 @@ class _Samples:
     values: dict[str, list[float]] = field(default_factory=dict)
     count: int = 0
     errors: int = 0
+    error: str = ""
     seconds: float = 0.0
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> None:
+def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> list[str]:
     """Write results and samples of every model and steering; files of an earlier call are replaced by equal ones.
 
     Args:
         folder: with every batch of its plan done.
         job: that it belongs to.
         describe: further keys of the results' `config`, such as the device.
+
+    Returns:
+        A line per steering and task of which no sample could be run, with the first error.
     """
-    done = folder.done()
+    done, failed = folder.done(), []
     for model in job.models:
-        batches = [batch for batch in folder.plan.batches if batch.model == model.name]
+        every = _gather(folder, [batch for batch in folder.plan.batches if batch.model == model.name], done)
         for steering in folder.plan.steerings[model.name]:
-            mine = [batch for batch in batches if steering.label in batch.steerings]
-            found = _gather(folder, mine, done, steering.label)
+            found = every[steering.label]
+            failed += [
+                f"{model.name}, {steering.label}: none of the {samples.count} samples of {task} could be run; "
+                f"the first error: {samples.error}"
+                for task, samples in found.items()
+                if samples.count and samples.errors == samples.count
+            ]
             target = folder.path / slug(model.name) / slug(steering.label)
             target.mkdir(parents=True, exist_ok=True)
             for task, samples in found.items():
@@ -70,23 +79,26 @@ def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> None:
                 files.write(target / f"samples_{slug(task)}_{folder.plan.date}.jsonl", _lines(samples))
             results = _results(job, model, steering, found, folder.plan.date, describe)
             files.write(target / f"results_{folder.plan.date}.json", json.dumps(results, indent=2) + "\n")
+    return failed
 
 
-def _gather(folder: Folder, batches: Sequence[Batch], done: Mapping[int, End], label: str) -> dict[str, _Samples]:
-    found: dict[str, _Samples] = {}
+def _gather(folder: Folder, batches: Sequence[Batch], done: Mapping[int, End]) -> dict[str, dict[str, _Samples]]:
+    """By steering and task."""
+    found: dict[str, dict[str, _Samples]] = {}
     for batch in batches:
         end = done[batch.id]
-        # lm-eval's groups give several tasks per batch
-        found.setdefault(batch.task, _Samples()).reports.extend(filter(None, [end.extra.get("lm_eval")]))
+        for label in batch.steerings:
+            samples = found.setdefault(label, {}).setdefault(batch.task, _Samples())
+            samples.reports.extend(filter(None, [end.extra.get("lm_eval")]))
         for at, row in folder.rows(end):
-            if row["steering"] != label:
-                continue
-            samples = found.setdefault(row["task"], _Samples())
+            # lm-eval's groups give several tasks per batch
+            samples = found[row["steering"]].setdefault(row["task"], _Samples())
             samples.places.append((row["seed"], row["doc_id"], str(row.get("filter", "")), end.path, at))
             samples.count += 1
             samples.seconds += row.get("seconds") or 0.0
             if "error" in row:
                 samples.errors += 1
+                samples.error = samples.error or str(row["error"])[:500]
                 continue
             for metric in row["metrics"]:
                 samples.values.setdefault(metric, []).append(row[metric])
@@ -127,16 +139,12 @@ def _results(
     date: str,
     describe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    import torch
-    import transformers
-
     sections: dict[str, dict[str, Any]] = {key: {} for key in _SECTIONS}
     for name, samples in found.items():
         task = job.loaded.get(name)
         parts = samples.reports if task is None or isinstance(task, LmTask) else [_task(name, task, samples)]
-        for part in parts:
-            for key in _SECTIONS:
-                sections[key] |= part.get(key) or {}
+        for key in _SECTIONS:
+            sections[key] |= _over_seeds(key, [part.get(key) or {} for part in parts])
     for name, samples in found.items():
         if name in sections["results"]:
             sections["results"][name] |= {"sample_errors": samples.errors}
@@ -160,14 +168,28 @@ def _results(
     return {
         **sections,
         "config": config,
-        "git_hash": _git_hash(),
+        "git_hash": origin()["git_hash"],
         "date": date,
-        "steerlens_version": steerlens.__version__,
-        "torch_version": torch.__version__,
-        "transformers_version": transformers.__version__,
+        **{f"{name}_version": version for name, version in origin()["versions"].items()},
         "model_name": model.name,
         "total_evaluation_time_seconds": str(round(sum(samples.seconds for samples in found.values()), 3)),
     }
+
+
+def _over_seeds(section: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A section of lm-eval's results over its runs with several seeds: means of figures, sums of counts."""
+    found = dict(parts[-1]) if parts else {}
+    if len(parts) < 2 or section not in ("results", "groups", "n-samples"):
+        return found
+    for task, last in found.items():
+        found[task] = dict(last)
+        for key, value in last.items():
+            values = [part[task][key] for part in parts if key in part.get(task, {})]
+            if isinstance(value, bool) or not all(isinstance(v, int | float) for v in values):
+                continue
+            count = section == "n-samples" or key == "sample_len"
+            found[task][key] = sum(values) if count else sum(values) / len(values)
+    return found
 
 
 def _task(name: str, task: Any, samples: _Samples) -> dict[str, Any]:
@@ -224,6 +246,22 @@ def settings(task: Any) -> dict[str, Any]:
 
 
 @functools.cache
+def origin() -> dict[str, Any]:
+    """What computed the results: `versions`, and `git_hash` of the working directory, as lm-eval has it."""
+    import platform
+
+    import torch
+    import transformers
+
+    versions = {
+        "steerlens": steerlens.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {"versions": versions, "git_hash": _git_hash()}
+
+
 def _git_hash() -> str | None:
     try:
         found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, timeout=10, check=True)

@@ -140,6 +140,10 @@ class TestResults:
         summary = json.loads(call("--merge", "--output", whole, "--json").stdout)
         assert summary == json.loads((whole / "summary.json").read_text()) and samples(whole) == before
         assert (whole / "report.html").stat().st_size > 1000 and (whole / "report.md").exists()
+        made = json.loads((whole / "job.json").read_text())
+        assert summary["fingerprint"] == made["fingerprint"] and summary["job"]["batch_size"] == 3
+        assert summary["versions"]["torch"] == torch.__version__ and "git_hash" in summary
+        assert torch.__version__ in (whole / "report.md").read_text()
 
     def test_from_options(self, whole, tmp_path):
         """Options describe the same as a job file."""
@@ -301,8 +305,16 @@ class TestErrors:
         assert f"{len(bad)} samples have errors" in result.stderr
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert len(summary["errors"]) == len(bad)
+        assert not any("could be run" in note for note in summary["notes"])
         again = call("--config", job, "--output", tmp_path / "out", "--limit", 16, "--resume", code=3)
         assert "samples have errors" in again.stderr
+        # a launcher would end the other processes
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            ranked = call("--config", job, "--output", tmp_path / "ranks", "--limit", 16, code=0)
+        assert "exit 0 here, --merge gives 3" in ranked.stderr
+        call("--merge", "--output", tmp_path / "ranks", code=3)
 
     def test_a_metric_that_fails(self, job, tmp_path, tiny, monkeypatch):
         score = Task.score
@@ -317,6 +329,21 @@ class TestErrors:
         call("--config", job, "--output", tmp_path / "out", code=3)
         errors = {key[-1]: row["error"] for key, row in samples(tmp_path / "out").items() if "error" in row}
         assert errors == {4: "the metrics failed: ZeroDivisionError: division by zero"}
+
+    def test_a_method_that_always_fails(self, job, tmp_path, tiny, monkeypatch):
+        """Not only samples with errors: said of the steering, with the error."""
+        from steerlens.methods import ZeroTuning
+
+        def fail(*_):
+            raise TypeError("unsupported operand")
+
+        monkeypatch.setattr(models, "load", lambda *_: tiny)
+        monkeypatch.setattr(ZeroTuning, "plan", fail)
+        result = call("--config", job, "--output", tmp_path / "out", code=3)
+        said = "tiny, zero: none of the 10 samples of conflict could be run; the first error: "
+        assert said in result.stderr and "TypeError: unsupported operand" in result.stderr
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert sum("could be run" in note for note in summary["notes"]) == 2
 
 
 class TestCache:

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steerlens.evals import controls, cost
 from steerlens.evals.cache import Cache
-from steerlens.evals.doc import Doc, Outcome, Output, Steering
+from steerlens.evals.doc import Doc, Outcome, Output, Steering, slug
 from steerlens.evals.evaluate import place, replica_memory
 from steerlens.evals.folder import Folder, FolderError, Worker
-from steerlens.evals.job import Controls, Job, JobError, ModelEntry
+from steerlens.evals.job import Controls, Job, JobError, ModelEntry, shipped
 from steerlens.evals.plan import Batch, Documents, Plan, cut, know, make, share
-from steerlens.evals.results import estimate
+from steerlens.evals.results import _over_seeds, estimate
 
 from steerlens import models
 from steerlens.errors import SteerlensError
@@ -73,6 +73,10 @@ class TestSchema:
             ("  - pasta-tiny\n", "  - pasta-tin\n", "job.yaml:4: recipe 'pasta-tin' is neither a file"),
             ("  - pasta-tiny\n", "  - {label: zero, recipe: pasta-tiny}\n", "the label 'zero' is taken"),
             ("  - pasta-tiny\n", "  - {label: Baseline, recipe: pasta-tiny}\n", "is taken by 'baseline'"),
+            ("label: zero", "label: pasta-tiny neutral", "job.yaml:6: the label 'pasta-tiny neutral' is taken by"),
+            ("label: zero", "label: pasta-tiny random 3", "job.yaml:6: the label 'pasta-tiny random 3' is taken by"),
+            ("label: zero", f"label: {'强' * 67}", "is longer than 200 bytes; give a shorter 'label'"),
+            ("models: [tiny]", f"models: [{{id: tiny, label: {'x' * 201}}}]", "job.yaml:2: the name 'xxx"),
             (
                 "pasta.alpha: [",
                 "pasta.alph: [",
@@ -107,6 +111,8 @@ class TestSchema:
         ("old", "new", "said"),
         [
             ("task: memory", "task: memmory", "did you mean 'memory'"),
+            ("task: memory", "task: memmory", "job.yaml:9: task 'memmory' is neither"),
+            ("- {task: memory, length: 64}", "- conflict", "job.yaml:9: the task 'conflict' is in the job twice"),
             ("length: 64}\nseeds", "lenght: 64}\nseeds", "lenght"),
             ("- {task: memory, length: 64}", "- conflict", "the task 'conflict' is in the job twice"),
             ("{label: zero,", "{label: zero, tasks: [conflikt],", "'conflikt' is not in this job"),
@@ -115,8 +121,9 @@ class TestSchema:
     def test_tasks(self, tmp_path, old, new, said):
         assert old in JOB
         job = job_of(tmp_path, JOB.replace(old, new))
-        with pytest.raises(SteerlensError) as caught:
-            assert job.loaded
+        for one in (job, job.changed(limit=3)):
+            with pytest.raises(SteerlensError) as caught:
+                assert one.loaded
         assert said in str(caught.value) and caught.value.exit_code == 2
 
     def test_round_trip(self, tmp_path):
@@ -149,6 +156,55 @@ class TestSchema:
             "{label: zero,", "{label: zero, tasks: [conflict],"
         )
         assert job_of(tmp_path, named).loaded
+
+    def test_shipped(self, tmp_path, monkeypatch):
+        """A name stands for a shipped job, unless there is a file of that name."""
+        assert Job.from_file(Path("tiny")).name == "tiny" and "tiny" in shipped()
+        with pytest.raises(JobError, match=r"tinny is neither a file nor a shipped job \(.*did you mean 'tiny'"):
+            Job.from_file(Path("tinny"))
+        monkeypatch.chdir(tmp_path)
+        Path("tiny").write_text(JOB + "name: mine\n")
+        assert Job.from_file(Path("tiny")).name == "mine"
+
+    def test_described_without_paths(self, tmp_path):
+        """What a report shows of a job names no folder of the machine."""
+        (tmp_path / "own.yaml").write_text((ROOT / "evals/tasks/conflict.yaml").read_text())
+        (tmp_path / "model").mkdir()
+        text = JOB.replace("task: conflict", "task: own.yaml").replace("[tiny]", "[{id: ./model, label: m}]")
+        job = job_of(tmp_path, text + f"output: {tmp_path}/out\n")
+        found = job.described()
+        assert str(tmp_path) in json.dumps(job.to_dict()) and str(tmp_path) not in json.dumps(found)
+        assert found["tasks"][0]["task"] == "conflict" and found["models"][0]["id"] == "model"
+
+    def test_folder_names(self):
+        """A name of dots alone is no way out of the folder."""
+        assert [slug(name) for name in (".", "..", ".x", "a..b", "a/../b")] == ["_", "_", ".x", "a..b", "a_.._b"]
+
+
+class TestNetwork:
+    @pytest.fixture(autouse=True)
+    def asked(self, monkeypatch):
+        from huggingface_hub import constants
+
+        asked = []
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(planning, "hub_is_reachable", lambda: asked.append(1) and False)
+        return asked
+
+    def test_out_of_reach(self, tmp_path, asked):
+        """Asked once, then all is offline until the end, and said."""
+        from huggingface_hub import constants
+
+        job, said = job_of(tmp_path, JOB.replace("- {task: memory, length: 64}", "- sst2")), []
+        with planning.offline_unless_reachable(job, said.append):
+            assert constants.is_offline_mode()
+            with planning.offline_unless_reachable(job, said.append):
+                pass
+        assert not constants.is_offline_mode() and len(asked) == 1 and "cannot be reached" in said[0]
+
+    def test_not_asked(self, tmp_path, asked):
+        with planning.offline_unless_reachable(job_of(tmp_path, JOB), asked.append):
+            assert not asked
 
 
 class TestControls:
@@ -394,6 +450,11 @@ class TestFolder:
             self.enter(tmp_path / "photos", job, plan).__enter__()
         assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]
 
+    def test_a_folder_that_cannot_be_written(self, job, plan, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FolderError, match=r"--output .*file/out cannot be written: Not a directory"):
+            self.enter(tmp_path / "file" / "out", job, plan).__enter__()
+
     def test_a_plan_that_fails_writes_nothing(self, job, tmp_path):
         def fail():
             raise JobError("no such heads")
@@ -566,6 +627,15 @@ class TestEstimates:
         draws = random.Random(0)
         scores = [draws.random() for _ in range(40)]
         assert estimate(scores, np.mean)[2] == pytest.approx(weight.DescrStatsW(scores).tconfint_mean(), abs=1e-9)
+
+    def test_seeds_of_lm_eval(self):
+        """Its runs with several seeds are one figure: the mean, and all their samples."""
+        parts = [{"t": {"alias": "t", "sample_len": 4, "acc,none": value}} for value in (0.0, 0.5)]
+        assert _over_seeds("results", parts) == {"t": {"alias": "t", "sample_len": 8, "acc,none": 0.25}}
+        counts = [{"t": {"original": 9, "effective": 4}}] * 2
+        assert _over_seeds("n-samples", counts) == {"t": {"original": 18, "effective": 8}}
+        assert _over_seeds("versions", [{"t": 1.0}, {"t": 1.0}]) == {"t": 1.0}
+        assert parts[1]["t"]["acc,none"] == 0.5
 
     def test_other_aggregates(self):
         """What is no mean is resampled: the interval of a median holds it and is about as wide as theory says."""

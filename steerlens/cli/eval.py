@@ -42,7 +42,8 @@ _SELECTING = {
 def evaluate(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="JOB.yaml", help="A job file: models, steerings and tasks.")
+        Path | None,
+        typer.Option("--config", metavar="JOB.yaml", help="A job file or a shipped job: see `list jobs`."),
     ] = None,
     method: options.Methods = None,
     recipe: options.Recipes = None,
@@ -162,14 +163,11 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             backend=backend.value,
         )
-    if dry_run:
-        return _estimate(job, as_json)
+    if names := [str(task.lm_eval) for task in job.tasks if task.lm_eval is not None]:
+        _slow(names)
     assert job.loaded
-    if prefetch:
-        from steerlens.evals import cost
-
-        cost.prefetch(job, show.note)
-        return 0
+    if dry_run or prefetch:
+        return _ahead(job, as_json, prefetch=prefetch)
     target = output if output is not None else Path(job.output) if job.output is not None else None
     if target is None:
         raise UsageError(f"no --output, and {config} names none: say which folder the results go into")
@@ -178,7 +176,11 @@ def evaluate(
     if merge:
         return _finish(driver.merge(job, target), target, as_json, show_it=True)
     state = _run(job, driver.Options(target, worker, resume, cache, device))
-    return _finish(state, target, as_json, show_it=state.written or worker.count == 1)
+    code = _finish(state, target, as_json, show_it=state.written or worker.count == 1)
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        show.note(f"this is one of several processes, which all end when one fails: exit 0 here, --merge gives {code}")
+        return 0
+    return code
 
 
 def _check(
@@ -234,8 +236,7 @@ def _from_file(
     from steerlens.evals.job import Job
 
     job = Job.from_file(path)
-    data = job.to_dict()
-    changed = {
+    changed: dict[str, Any] = {
         "output": None if output is None else str(output),
         "limit": limit,
         "seeds": None if seed is None else [seed],
@@ -245,10 +246,10 @@ def _from_file(
         "max_new_tokens": max_new_tokens,
         "backend": backend.value if "backend" in given else None,
     }
-    data |= {key: value for key, value in changed.items() if value is not None}
     if limit is not None:
-        data["tasks"] = [{key: value for key, value in task.items() if key != "limit"} for task in data["tasks"]]
-    return Job.from_dict(data, str(path))
+        tasks = job.to_dict()["tasks"]
+        changed["tasks"] = [{key: value for key, value in task.items() if key != "limit"} for task in tasks]
+    return job.changed(**{key: value for key, value in changed.items() if value is not None})
 
 
 def _from_options(
@@ -325,10 +326,15 @@ def _check_others(names: Sequence[str], include_path: Path | None) -> None:
         here = f"no task {name!r}{nearest(name, task.names())}"
         if not harness.available():
             raise UsageError(f"{here}; for the tasks of lm-eval: pip install 'steerlens[eval]'")
+        _slow([name])
         try:
             harness.check([name], None if include_path is None else str(include_path))
         except SteerlensError as error:
             raise UsageError(f"{here}; {error}") from None
+
+
+def _slow(names: Sequence[str]) -> None:
+    show.note(f"looking for {', '.join(names)} among the tasks of lm-eval; its index may take 20 s to read")
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------
@@ -351,7 +357,7 @@ def _run(job: Job, how: Any) -> State:
 
         try:
             return Evaluation(job, how, advance=advance, note=show.note).run(begin)
-        except guard.Stopped:
+        except (guard.Stopped, OSError):
             show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
             raise
 
@@ -367,6 +373,8 @@ def _finish(state: State, output: Path, as_json: bool, *, show_it: bool) -> int:
         else:
             _show(state.summary)
         show.note(f"wrote {output / 'report.html'}, report.md and summary.json, and the samples beside them")
+        for line in state.summary["notes"]:
+            show.note(line)
     if state.errors:
         show.note(f"{state.errors} samples have errors; the report lists them")
     return guard.SAMPLE_ERRORS if state.errors else 0
@@ -405,10 +413,18 @@ def _control(control: Mapping[str, Any]) -> str:
     return f"controls of {control['of']} on {control['task']} ({control['metric']}): {', '.join(parts)}"
 
 
-def _estimate(job: Job, as_json: bool) -> int:
+def _ahead(job: Job, as_json: bool, *, prefetch: bool) -> int:
     from steerlens.evals import cost
+    from steerlens.evals.plan import offline_unless_reachable
 
-    found = cost.estimate(job)
+    with offline_unless_reachable(job, show.note):
+        if not prefetch:
+            return _estimate(cost.estimate(job), as_json)
+        cost.prefetch(job, show.note)
+        return 0
+
+
+def _estimate(found: Mapping[str, Any], as_json: bool) -> int:
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return 0

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,14 +21,16 @@ class What(StrEnum):
     models = "models"
     recipes = "recipes"
     tasks = "tasks"
+    jobs = "jobs"
 
 
 def listing(
     what: Annotated[What, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List methods, models, recipes or tasks."""
-    found = {What.methods: methods, What.models: models, What.recipes: recipes, What.tasks: tasks}[what]()
+    """List methods, models, recipes, tasks or jobs."""
+    kinds = {What.methods: methods, What.models: models, What.recipes: recipes, What.tasks: tasks, What.jobs: jobs}
+    found = kinds[what]()
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -103,6 +106,22 @@ def tasks() -> list[dict[str, Any]]:
             "offline": one.offline,
         }
         for one in loaded
+    ]
+
+
+def jobs() -> list[dict[str, Any]]:
+    """Every shipped job, with what it runs."""
+    from steerlens.evals.job import Job, shipped
+
+    loaded = {name: Job.from_file(path) for name, path in shipped().items()}
+    return [
+        {
+            "name": name,
+            "models": [model.name for model in job.models],
+            "steerings": [entry.label for entry in job.steerings],
+            "tasks": [Path(task.lm_eval or str(task.task)).name.removesuffix(".yaml") for task in job.tasks],
+        }
+        for name, job in loaded.items()
     ]
 
 
