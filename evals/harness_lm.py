@@ -92,7 +92,7 @@ class SteerlensLM(HFLM):
 
     def __init__(
         self,
-        pretrained: Any,
+        pretrained: Any = None,
         method: str | None = None,
         methods: Any = None,
         recipe: str | Recipe | None = None,
@@ -101,6 +101,8 @@ class SteerlensLM(HFLM):
         backend: str = "auto",
         **arguments: Any,
     ) -> None:
+        if pretrained is None:
+            raise HarnessError("no model: give pretrained=, an alias such as tiny, a Hub id or a path")
         loaded = None if recipe is None else load_recipe(recipe)
         if steering is None:
             steering, arguments = steering_of(method, methods, loaded, arguments)

@@ -15,7 +15,10 @@ import pytest
 import torch
 from steerlens.evals import harness
 from steerlens.evals.doc import Steering
+from steerlens.evals.evaluate import Evaluation, Options
+from steerlens.evals.folder import Worker
 from steerlens.evals.harness_options import HarnessError
+from steerlens.evals.job import Job
 from steerlens.evals.world.tasks import sample
 
 import steerlens
@@ -76,6 +79,7 @@ def folder(tmp_path_factory):
         metric_list=[{"metric": "word_perplexity"}],
     )
     (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["choose_plain", "say_plain"]}))
+    (folder / "nested.yaml").write_text(json.dumps({"group": "nested", "task": ["both", "text"]}))
     return folder
 
 
@@ -417,11 +421,17 @@ def test_model_arguments_make_methods(arguments, methods):
         ({"recipe": "pasta-tny", "tags": "em"}, RecipeError, "pasta-tiny"),
         ({"method": "zerotuning", "backend": "tritn"}, HarnessError, "did you mean 'triton'"),
         ({"methods": "zerotuning"}, HarnessError, "is not JSON"),
+        ({"methods": '["zerotuning"]'}, HarnessError, "write a list such as"),
+        ({"methods": [{"gamma": 2}]}, HarnessError, "write a list such as"),
+        ({"methods": 5}, HarnessError, "write a list such as"),
+        ({"method": 5}, MethodError, "unknown method '5'"),
+        ({"tags": "em:emphasis;b:emphasis"}, HarnessError, "a group has two tags"),
+        ({"pretrained": None}, HarnessError, "no model: give pretrained="),
     ],
 )
 def test_wrong_model_arguments_name_what_is_meant(arguments, error, said):
     with pytest.raises(error, match=said):
-        SteerlensLM("tiny", device="cpu", **arguments)
+        SteerlensLM(**{"pretrained": "tiny", "device": "cpu", **arguments})
 
 
 def test_results_say_how_they_were_steered(run):
@@ -433,6 +443,20 @@ def test_results_say_how_they_were_steered(run):
     assert set(results["results"]) >= {"choose_plain", "say_plain"} and len(rows) == 4
     assert results["group_subtasks"] == {"both": ["choose_plain", "say_plain"]}
     json.dumps([results, rows], allow_nan=False)
+
+
+def test_a_group_of_groups_runs_each_task_once(run):
+    results, rows = run("nested", ZeroTuning(1.5), limit=2)
+    assert [(row["task"], row["doc_id"]) for row in rows] == [
+        (task, n) for task in ("choose_plain", "say_plain", "text") for n in range(2)
+    ]
+    assert set(results["group_subtasks"]) == {"nested", "both"}
+
+
+def test_a_task_that_two_names_hold_is_refused(folder):
+    with pytest.raises(HarnessError, match="'say_plain' and 'nested' both hold the task 'say_plain'"):
+        harness.check(["say_plain", "nested"], str(folder))
+    harness.check(["both", "text", "choose_tagged"], str(folder))
 
 
 def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
@@ -450,7 +474,7 @@ def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
 
 
 def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch):
-    harness.check(["choose_plain", "both", str(folder / "text.yaml")], str(folder))
+    harness.check(["choose_tagged", "both", str(folder / "text.yaml")], str(folder))
     built = []
 
     def build(paths, **options):
@@ -462,6 +486,48 @@ def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch
         harness.check(["hellaswg"])
     assert caught.value.exit_code == 2 and Path(lm_eval.__file__).parent / "tasks" in built[-1]
     harness.check(["hellaswag"])
+
+
+# --- in a job ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_gives_the_same_rows_in_one_process_and_in_shards(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_: tiny)
+    here = {"include_path": str(folder), "limit": 4}
+    job = Job.from_dict(
+        {
+            "schema": 1,
+            "name": "sharded",
+            "models": ["tiny"],
+            "steerings": ["pasta-tiny", {"label": "zero", "methods": [{"method": "zerotuning"}]}],
+            "tasks": [
+                {"task": "conflict", "limit": 4},
+                {"lm_eval": "say_holey", "tags": "em", **here},
+                {"lm_eval": "choose_plain", "num_fewshot": 1, **here},
+            ],
+            "max_new_tokens": 2,
+            "batch_size": 2,
+            "output": "results",
+        }
+    )
+
+    def rows(output):
+        found = {}
+        for path in output.glob("tiny/*/samples_*.jsonl"):
+            for row in map(json.loads, path.open()):
+                row.pop("seconds", None)
+                found[row["steering"], row["task"], row["doc_id"], row["filter"]] = row
+        return found
+
+    Evaluation(job, Options(tmp_path / "one")).run()
+    assert Evaluation(job, Options(tmp_path / "two", Worker(1, 2))).run().missing
+    assert not Evaluation(job, Options(tmp_path / "two", Worker(0, 2))).run().missing
+    assert not Evaluation(job, Options(tmp_path / "one", resume=True)).run().written
+    whole = rows(tmp_path / "one")
+    assert whole == rows(tmp_path / "two") and len(whole) == 4 * (3 + 3 + 2)
+    assert [key for key, row in whole.items() if "error" in row] == [("pasta-tiny", "say_holey", 3, "none")]
+    said = [row["arguments"]["gen_args_0"]["arg_1"] for key, row in whole.items() if key[1] == "say_holey"]
+    assert {options["max_gen_toks"] for options in said} == {2}
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
