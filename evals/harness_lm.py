@@ -127,6 +127,8 @@ class SteerlensLM(HFLM):
             raise HarnessError(
                 f"batch_size=auto tries forwards, which {self._decoding.name} does not run alone: give a number"
             )
+        placing = ("batch_size", "max_batch_size", "device")
+        self._arguments = {key: str(value) for key, value in arguments.items() if key not in placing}
         self._batch: Spans | None = None
         self._lengths: tuple[int, ...] | None = None
         self._mask: torch.Tensor | None = None
@@ -521,8 +523,7 @@ class SteerlensLM(HFLM):
         """What its responses depend on, plain JSON types."""
         return {
             "pretrained": self.name,
-            "revision": str(self.revision),
-            "adapter": str(self.peft),
+            "arguments": self._arguments,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
             "steering": self.steering.to_dict(),

@@ -460,8 +460,8 @@ def test_a_task_that_two_names_hold_is_refused(folder):
 
 
 def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
-    def go(*methods):
-        lm = SteerlensLM(tiny[0], tokenizer=tiny[1], methods=methods, tags="em", batch_size=4)
+    def go(*methods, **arguments):
+        lm = SteerlensLM(tiny[0], tokenizer=tiny[1], methods=methods, tags="em", batch_size=4, **arguments)
         tasks = harness_tasks.Tasks(include_path=str(folder))
         cache = str(tmp_path / "responses")
         found = harness_tasks.evaluate(lm, tasks=["choose_holey"], task_manager=tasks, use_cache=cache)
@@ -471,6 +471,8 @@ def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
     assert go(*PASTA_TINY) == first and len(first[1]) == 1
     with pytest.raises(HarnessError, match="another model or steering"):
         go(PASTA(0.5))
+    with pytest.raises(HarnessError, match="another model or steering"):
+        go(*PASTA_TINY, add_bos_token=False)
 
 
 def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch):
