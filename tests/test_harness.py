@@ -29,6 +29,7 @@ from steerlens.methods.base import DecodingMethod, PromptMethod
 from steerlens.recipe import load_recipe
 
 lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks._index import Entry, Kind, TaskIndex  # noqa: E402
@@ -214,6 +215,17 @@ def test_continuations_that_differ_in_their_last_token_share_a_forward(tiny, run
     )
     run("choose_plain", ZeroTuning(4.0))
     assert sum(rows) == 9 * 2  # two one-token choices and a longer one
+
+
+def test_one_text_under_two_emphases_is_two_rows(tiny):
+    parts = [f"The mascot of the eastern depot is {animal}." for animal in ("beaver", "wolf")]
+    ask = " Question: What is the mascot of the eastern depot? Answer:"
+    contexts = [f"<em>{parts[0]}</em> {parts[1]}{ask}", f"{parts[0]} <em>{parts[1]}</em>{ask}"]
+    requests = [Instance("loglikelihood", {}, (context, " wolf"), 0) for context in contexts]
+    lm = SteerlensLM(tiny[0], tokenizer=tiny[1], methods=PASTA_TINY, tags="em", batch_size=2)
+    found = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert found == pytest.approx([by_hand(tiny, PASTA_TINY, context, " wolf")[0] for context in contexts], abs=1e-5)
+    assert abs(found[0] - found[1]) > 0.1
 
 
 def test_generation_is_steered_with_the_spans_of_its_batch(tiny, run):
