@@ -209,6 +209,8 @@ class Evaluation:
         settings = task.settings
         if self.job.chat is not None:
             settings.setdefault("apply_chat_template", self.job.chat)
+        if self.job.max_new_tokens is not None:
+            settings.setdefault("gen_kwargs", {"max_gen_toks": self.job.max_new_tokens})
         found, rows = harness.run(
             runner.model,
             runner.tokenizer,

@@ -5,8 +5,9 @@
 
 is lm-eval's own command line, all its flags included, with a further model (see `harness_lm.SteerlensLM`); data
 parallel under `accelerate launch -m steerlens.evals.harness run …`. Values that hold commas need JSON: `--model_args
-'{"pretrained": "tiny", "methods": [{"method": "pasta", "alpha": 0.1}]}'`. Processes on CPUs are torchrun's:
-`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m steerlens.evals.harness run …`.
+'{"pretrained": "tiny", "methods": [{"method": "pasta", "alpha": 0.1}]}'`. Several processes on CPUs:
+`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m steerlens.evals.harness run …`, or torchrun
+in the same way; `accelerate launch --cpu` starts one.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with sample errors. Launchers have their own.
 """
@@ -59,6 +60,7 @@ def available() -> bool:
 def check(names: Sequence[str], include_path: str | None = None) -> None:
     """Raise an error with exit code 2, naming the nearest, for a name that is no task, group, tag or YAML file.
 
+    So does a task that two of the names hold, whose samples would be there twice.
     lm-eval's index of its own tasks is read only for names that `include_path` does not have.
     """
     _require()

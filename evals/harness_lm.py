@@ -92,7 +92,7 @@ class SteerlensLM(HFLM):
 
     def __init__(
         self,
-        pretrained: Any,
+        pretrained: Any = None,
         method: str | None = None,
         methods: Any = None,
         recipe: str | Recipe | None = None,
@@ -101,6 +101,8 @@ class SteerlensLM(HFLM):
         backend: str = "auto",
         **arguments: Any,
     ) -> None:
+        if pretrained is None:
+            raise HarnessError("no model: give pretrained=, an alias such as tiny, a Hub id or a path")
         loaded = None if recipe is None else load_recipe(recipe)
         if steering is None:
             steering, arguments = steering_of(method, methods, loaded, arguments)
@@ -125,6 +127,8 @@ class SteerlensLM(HFLM):
             raise HarnessError(
                 f"batch_size=auto tries forwards, which {self._decoding.name} does not run alone: give a number"
             )
+        placing = ("batch_size", "max_batch_size", "device")
+        self._arguments = {key: str(value) for key, value in arguments.items() if key not in placing}
         self._batch: Spans | None = None
         self._lengths: tuple[int, ...] | None = None
         self._mask: torch.Tensor | None = None
@@ -519,8 +523,7 @@ class SteerlensLM(HFLM):
         """What its responses depend on, plain JSON types."""
         return {
             "pretrained": self.name,
-            "revision": str(self.revision),
-            "adapter": str(self.peft),
+            "arguments": self._arguments,
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
             "steering": self.steering.to_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steerlens.evals.doc import BASELINE, Steering
@@ -35,6 +35,8 @@ def tags_of(given: Any) -> dict[str, str]:
     else:
         pairs = [pair.strip().partition(":") for pair in str(given).split(";")]
         found = {group or "emphasis": tag for tag, _, group in pairs}
+        if len(found) < len(pairs):
+            raise HarnessError(f"tags={given!r}: a group has two tags; give each its own, such as em:emphasis;b:query")
     for tag in found.values():
         if not isinstance(tag, str) or not re.fullmatch(r"[\w.-]+", tag):
             raise HarnessError(f"tags={given!r}: {tag!r} is no tag's name; for example tags=em:emphasis")
@@ -53,8 +55,14 @@ def steering_of(
             raise HarnessError(f"methods={described!r:.80} is not JSON: {error}") from None
     if isinstance(described, Mapping | Method):
         described = [described]
+    if not isinstance(described, Sequence | None) or not all(
+        isinstance(m, Method) or (isinstance(m, Mapping) and "method" in m) for m in described or ()
+    ):
+        raise HarnessError(
+            f'methods={described!r:.80}: write a list such as [{{"method": "zerotuning", "gamma": 1.5}}]'
+        )
     given = [m.to_dict() if isinstance(m, Method) else dict(m) for m in described or ()]
-    parts += given + [{"method": methods.get(name.strip()).name} for name in names.split("+")] if names else given
+    parts += given + [{"method": methods.get(name.strip()).name} for name in str(names).split("+")] if names else given
     fields = {d["method"]: {f.name for f in dataclasses.fields(methods.get(d["method"]))} for d in parts}
     rest = {}
     for key, value in arguments.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string
 from steerlens.evals.harness_lm import SteerlensLM
@@ -51,6 +52,15 @@ class Tasks(lm_eval.tasks.TaskManager):
         if name not in self._index and not Path(name).is_file():
             self.build_defaults()
         return name in self._index or Path(name).is_file()
+
+    def leaves(self, name: str) -> set[str]:
+        """The tasks that a name stands for, without those that a group defines for itself."""
+        entry = self._index.get(name)
+        if entry is None or entry.kind not in (Kind.GROUP, Kind.TAG):
+            return {name}
+        members = entry.tags if entry.kind is Kind.TAG else (entry.cfg or {}).get("task") or ()
+        names = [m.get("group", m.get("task")) if isinstance(m, dict) else m for m in members]
+        return set().union(*(self.leaves(one) for one in names if one in self._index))
 
     def match_tasks(self, task_list: list[str]) -> list[str]:
         """Names that match patterns; a folder's path is none."""
@@ -122,11 +132,15 @@ def evaluate(model: Any, *args: Any, log_samples: bool = True, **kwargs: Any) ->
 
 
 def check(names: Sequence[str], include_path: Any = None) -> None:
-    """Raise `HarnessError` naming the nearest for a name that is no task, group, tag or YAML file."""
+    """Raise `HarnessError` for a name that is no task, group, tag or YAML file, and for a task that two names hold."""
     tasks = Tasks(include_path=include_path)
+    owners: dict[str, str] = {}
     for name in names:
         if not tasks.known(name):
             raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
+        for task in sorted(tasks.leaves(name)):
+            if (other := owners.setdefault(task, name)) != name:
+                raise HarnessError(f"{other!r} and {name!r} both hold the task {task!r}: leave one of them out")
 
 
 @functools.lru_cache(maxsize=8)
@@ -143,7 +157,8 @@ def load(name: str, include_path: str | None, metadata: str, settings: str = "")
     if not tasks.known(name):
         raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
     loaded = tasks.load([name])
-    return tasks, list(loaded["groups"].values()) or list(loaded["tasks"].values())
+    # a group holds those below it
+    return tasks, list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,10 @@ import pytest
 import torch
 from steerlens.evals import harness
 from steerlens.evals.doc import Steering
+from steerlens.evals.evaluate import Evaluation, Options
+from steerlens.evals.folder import Worker
 from steerlens.evals.harness_options import HarnessError
+from steerlens.evals.job import Job
 from steerlens.evals.world.tasks import sample
 
 import steerlens
@@ -26,6 +29,7 @@ from steerlens.methods.base import DecodingMethod, PromptMethod
 from steerlens.recipe import load_recipe
 
 lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks._index import Entry, Kind, TaskIndex  # noqa: E402
@@ -76,6 +80,7 @@ def folder(tmp_path_factory):
         metric_list=[{"metric": "word_perplexity"}],
     )
     (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["choose_plain", "say_plain"]}))
+    (folder / "nested.yaml").write_text(json.dumps({"group": "nested", "task": ["both", "text"]}))
     return folder
 
 
@@ -210,6 +215,17 @@ def test_continuations_that_differ_in_their_last_token_share_a_forward(tiny, run
     )
     run("choose_plain", ZeroTuning(4.0))
     assert sum(rows) == 9 * 2  # two one-token choices and a longer one
+
+
+def test_one_text_under_two_emphases_is_two_rows(tiny):
+    parts = [f"The mascot of the eastern depot is {animal}." for animal in ("beaver", "wolf")]
+    ask = " Question: What is the mascot of the eastern depot? Answer:"
+    contexts = [f"<em>{parts[0]}</em> {parts[1]}{ask}", f"{parts[0]} <em>{parts[1]}</em>{ask}"]
+    requests = [Instance("loglikelihood", {}, (context, " wolf"), 0) for context in contexts]
+    lm = SteerlensLM(tiny[0], tokenizer=tiny[1], methods=PASTA_TINY, tags="em", batch_size=2)
+    found = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert found == pytest.approx([by_hand(tiny, PASTA_TINY, context, " wolf")[0] for context in contexts], abs=1e-5)
+    assert abs(found[0] - found[1]) > 0.1
 
 
 def test_generation_is_steered_with_the_spans_of_its_batch(tiny, run):
@@ -417,11 +433,17 @@ def test_model_arguments_make_methods(arguments, methods):
         ({"recipe": "pasta-tny", "tags": "em"}, RecipeError, "pasta-tiny"),
         ({"method": "zerotuning", "backend": "tritn"}, HarnessError, "did you mean 'triton'"),
         ({"methods": "zerotuning"}, HarnessError, "is not JSON"),
+        ({"methods": '["zerotuning"]'}, HarnessError, "write a list such as"),
+        ({"methods": [{"gamma": 2}]}, HarnessError, "write a list such as"),
+        ({"methods": 5}, HarnessError, "write a list such as"),
+        ({"method": 5}, MethodError, "unknown method '5'"),
+        ({"tags": "em:emphasis;b:emphasis"}, HarnessError, "a group has two tags"),
+        ({"pretrained": None}, HarnessError, "no model: give pretrained="),
     ],
 )
 def test_wrong_model_arguments_name_what_is_meant(arguments, error, said):
     with pytest.raises(error, match=said):
-        SteerlensLM("tiny", device="cpu", **arguments)
+        SteerlensLM(**{"pretrained": "tiny", "device": "cpu", **arguments})
 
 
 def test_results_say_how_they_were_steered(run):
@@ -435,9 +457,23 @@ def test_results_say_how_they_were_steered(run):
     json.dumps([results, rows], allow_nan=False)
 
 
+def test_a_group_of_groups_runs_each_task_once(run):
+    results, rows = run("nested", ZeroTuning(1.5), limit=2)
+    assert [(row["task"], row["doc_id"]) for row in rows] == [
+        (task, n) for task in ("choose_plain", "say_plain", "text") for n in range(2)
+    ]
+    assert set(results["group_subtasks"]) == {"nested", "both"}
+
+
+def test_a_task_that_two_names_hold_is_refused(folder):
+    with pytest.raises(HarnessError, match="'say_plain' and 'nested' both hold the task 'say_plain'"):
+        harness.check(["say_plain", "nested"], str(folder))
+    harness.check(["both", "text", "choose_tagged"], str(folder))
+
+
 def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
-    def go(*methods):
-        lm = SteerlensLM(tiny[0], tokenizer=tiny[1], methods=methods, tags="em", batch_size=4)
+    def go(*methods, **arguments):
+        lm = SteerlensLM(tiny[0], tokenizer=tiny[1], methods=methods, tags="em", batch_size=4, **arguments)
         tasks = harness_tasks.Tasks(include_path=str(folder))
         cache = str(tmp_path / "responses")
         found = harness_tasks.evaluate(lm, tasks=["choose_holey"], task_manager=tasks, use_cache=cache)
@@ -447,10 +483,12 @@ def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
     assert go(*PASTA_TINY) == first and len(first[1]) == 1
     with pytest.raises(HarnessError, match="another model or steering"):
         go(PASTA(0.5))
+    with pytest.raises(HarnessError, match="another model or steering"):
+        go(*PASTA_TINY, add_bos_token=False)
 
 
 def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch):
-    harness.check(["choose_plain", "both", str(folder / "text.yaml")], str(folder))
+    harness.check(["choose_tagged", "both", str(folder / "text.yaml")], str(folder))
     built = []
 
     def build(paths, **options):
@@ -462,6 +500,48 @@ def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch
         harness.check(["hellaswg"])
     assert caught.value.exit_code == 2 and Path(lm_eval.__file__).parent / "tasks" in built[-1]
     harness.check(["hellaswag"])
+
+
+# --- in a job ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_gives_the_same_rows_in_one_process_and_in_shards(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_: tiny)
+    here = {"include_path": str(folder), "limit": 4}
+    job = Job.from_dict(
+        {
+            "schema": 1,
+            "name": "sharded",
+            "models": ["tiny"],
+            "steerings": ["pasta-tiny", {"label": "zero", "methods": [{"method": "zerotuning"}]}],
+            "tasks": [
+                {"task": "conflict", "limit": 4},
+                {"lm_eval": "say_holey", "tags": "em", **here},
+                {"lm_eval": "choose_plain", "num_fewshot": 1, **here},
+            ],
+            "max_new_tokens": 2,
+            "batch_size": 2,
+            "output": "results",
+        }
+    )
+
+    def rows(output):
+        found = {}
+        for path in output.glob("tiny/*/samples_*.jsonl"):
+            for row in map(json.loads, path.open()):
+                row.pop("seconds", None)
+                found[row["steering"], row["task"], row["doc_id"], row["filter"]] = row
+        return found
+
+    Evaluation(job, Options(tmp_path / "one")).run()
+    assert Evaluation(job, Options(tmp_path / "two", Worker(1, 2))).run().missing
+    assert not Evaluation(job, Options(tmp_path / "two", Worker(0, 2))).run().missing
+    assert not Evaluation(job, Options(tmp_path / "one", resume=True)).run().written
+    whole = rows(tmp_path / "one")
+    assert whole == rows(tmp_path / "two") and len(whole) == 4 * (3 + 3 + 2)
+    assert [key for key, row in whole.items() if "error" in row] == [("pasta-tiny", "say_holey", 3, "none")]
+    said = [row["arguments"]["gen_args_0"]["arg_1"] for key, row in whole.items() if key[1] == "say_holey"]
+    assert {options["max_gen_toks"] for options in said} == {2}
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
