@@ -68,7 +68,8 @@ def summarize(folder: str | Path, job: Mapping[str, Any]) -> dict[str, Any]:
 
     Every steering is compared with the baseline of its model, on every task and metric; Holm's correction is over the
     tasks of one steering. Random-head controls are averaged per document and compared with the method they belong to,
-    with a correction of their own; the interval is over documents, for the sets that were drawn. A neutral control must give what the baseline gives, row by row.
+    with a correction of their own; the interval is over documents, for the sets that were drawn. A neutral control must
+    give what the baseline gives, row by row.
 
     Args:
         folder: holds `<model>/<steering>/results_<date>.json` and the samples beside it.
