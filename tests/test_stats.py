@@ -296,7 +296,8 @@ class TestSummary:
         )
         assert found[1]["metric"] == "follows" and found[1]["model"] == "tiny" and found[3]["measured_steered"] is None
         assert found[5]["agrees"] == (
-            f"same direction: published +47 on another model (LLaMA-7B), measured +52.2 [{low:+.1f}, {high:+.1f}], n = 23"
+            "same direction: published +47 on another model (LLaMA-7B), "
+            f"measured +52.2 [{low:+.1f}, {high:+.1f}], n = 23"
         )
         assert found[5]["note"] == "other data" and found[6]["agrees"].startswith("other direction: published -47 on")
         assert found[4]["measured_baseline"] == pytest.approx(sum(-1 - n / 8 + (n < 8) for n in range(23)) / 23)
@@ -350,6 +351,8 @@ class TestSummary:
         assert found["models"] == ["org/other", "tiny"]
         assert [c["n"] for c in found["comparisons"] if c["after"] == "pasta" and c["metric"] == "follows"] == [24, 23]
         assert [p["model"] for p in found["published"] if p["task"] == "conflict"][:2] == ["org/other", "tiny"]
+        of_one = JOB | {"published": [figure | {"model": "tiny"} for figure in JOB["published"]]}
+        assert {p["model"] for p in summarize(job, of_one)["published"]} == {"tiny"}
 
 
 class TestErrors:

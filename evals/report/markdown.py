@@ -104,10 +104,8 @@ def _lines(report: view.Report) -> Iterator[str]:
     if report.samples:
         yield from _heading("Samples that changed")
         also = f", also those of {words.count(report.unshown, 'more comparison')}" if report.unshown else ""
-        yield from (
-            f"Samples whose score changed, gains and losses in turn; words that differ are bold. The samples files hold every sample{also}.",
-            "",
-        )
+        which = "Samples whose score changed, gains and losses in turn; words that differ are bold."
+        yield from (f"{which} The samples files hold every sample{also}.", "")
         for group in report.samples:
             yield from _samples(report, group)
     if report.skipped:
