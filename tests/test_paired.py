@@ -59,6 +59,9 @@ class TestP:
         assert difference([0.0] * 100, gain).p == pytest.approx(8 / 2**5, abs=1e-12)
         assert difference([0.0] * 100, [1 / 3] + [0.0] * 99).p == 1.0
 
+    def test_p_of_drawn_flips_is_never_0(self):
+        assert difference([0.0] * 40, [0.3, 0.7] * 20, resamples=999).p == pytest.approx(1 / 1000)
+
     def test_many_samples_take_no_longer_than_a_glance(self):
         rng = np.random.default_rng(0)
         before, after = rng.random((2, 10_000))
