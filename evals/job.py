@@ -291,12 +291,16 @@ class Controls(Part):
 
 
 class Published(Part):
-    """A published figure to compare with, in `unit`: a percentage, or the metric's own."""
+    """A published figure to compare with, in `unit`: a percentage, or the metric's own.
+
+    `model` is one of the job's; `other_model` is the one that the figure is of where the job does not run it.
+    """
 
     steering: Name
     task: Name
     metric: Name | None = None
     model: Name | None = None
+    other_model: Name | None = None
     baseline: Number | None = None
     steered: Number | None = None
     unit: Name = "percent"

@@ -68,8 +68,8 @@ def summarize(folder: str | Path, job: Mapping[str, Any]) -> dict[str, Any]:
 
     Every steering is compared with the baseline of its model, on every task and metric; Holm's correction is over the
     tasks of one steering. Random-head controls are averaged per document and compared with the method they belong to,
-    with a correction of their own.
-    A neutral control must give what the baseline gives, row by row.
+    with a correction of their own; the interval is over documents, for the sets that were drawn. A neutral control must
+    give what the baseline gives, row by row.
 
     Args:
         folder: holds `<model>/<steering>/results_<date>.json` and the samples beside it.
@@ -223,6 +223,7 @@ def _compared(entry: Mapping[str, Any], contrast: Contrast) -> dict[str, Any]:
         **found,
         "cells": _cells(contrast.documents),
         "changed": _changed(contrast) if contrast.primary else [],
+        "changed_total": sum(before != after for before, after in (d.scores for d in contrast.documents)),
     }
 
 
@@ -432,11 +433,11 @@ def _against_random(scores: _Scores, sets: Sequence[Mapping[tuple[str, str], flo
 
 
 def _published(entry: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The published figures with ours, one for each model they are of."""
+    """The published figures with ours, one for each model of the job that they are set beside."""
     found = [
         c
         for c in comparisons
-        if (c["after"], c["task"]) == (entry["steering"], entry["task"])
+        if (c["after"], c["task"]) == (entry["steering"], _name(entry["task"]))
         and (c["primary"] if entry.get("metric") is None else entry["metric"] in (c["metric"], _plain(c["metric"])))
         and entry.get("model") in (None, c["model"])
     ]
@@ -455,6 +456,8 @@ def _beside(entry: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str
     ours = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if percent else f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
     if entry.get("baseline") is None or entry.get("steered") is None:
         agrees = f"no published difference to compare with; measured {ours}"
+    elif entry.get("other_model") is not None:
+        agrees = _direction(entry, comparison, ours)
     else:
         theirs = entry["steered"] - entry["baseline"]
         within = low <= theirs <= high
@@ -473,15 +476,28 @@ def _beside(entry: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str
     }
 
 
+def _direction(entry: Mapping[str, Any], comparison: Mapping[str, Any], ours: str) -> str:
+    """What a figure of another model says about ours: the way it goes, and no more."""
+    theirs = entry["steered"] - entry["baseline"]
+    if comparison["verdict"] == "within noise":
+        word = "no direction to compare, within noise"
+    else:
+        word = "same direction" if theirs * comparison["difference"]["mean"] > 0 else "other direction"
+    return (
+        f"{word}: published {theirs:+.3g} on another model ({entry['other_model']}), measured {ours}, "
+        f"n = {comparison['difference']['n']}"
+    )
+
+
 def _plain(metric: str) -> str:
     return metric.partition(",")[0]
 
 
 def _name(entry: Any) -> str:
     """Of a model, steering or task in a job."""
-    if not isinstance(entry, Mapping):
-        return str(entry)
-    return str(next((entry[key] for key in ("label", "id", "recipe", "task", "lm_eval") if entry.get(key)), ""))
+    keys = ("label", "id", "recipe", "task", "lm_eval")
+    name = str(next((entry[key] for key in keys if entry.get(key)), "") if isinstance(entry, Mapping) else entry)
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else name  # a task's file has its name
 
 
 def _by(order: Sequence[str]) -> Any:

@@ -17,7 +17,7 @@ class Difference:
     Attributes:
         mean: over the samples.
         low, high: its interval at `confidence`.
-        p: two-sided; exact McNemar for outcomes of 0 and 1, else a paired sign-flip test.
+        p: two-sided; exact McNemar for outcomes of 0 and 1, else a paired sign-flip test of the mean.
         n: samples.
     """
 
@@ -48,19 +48,20 @@ class Difference:
 def difference(
     before: Sequence[float], after: Sequence[float], *, seed: int = 0, confidence: float = 0.95, resamples: int = 10_000
 ) -> Difference:
-    """The paired difference of two lists of outcomes, with a percentile bootstrap interval.
+    """The paired difference of two lists of outcomes, with its interval and test.
 
-    The percentiles are moved outwards by as much as Student's t at n - 1 exceeds the normal quantile, and by
-    √(n/(n-1)): plain ones are too narrow for few samples (Hesterberg 2015, arXiv 1411.5279, §5.3). Where every pair
-    differs by the same amount the bootstrap has no width; the interval then allows for the pairs that n samples may
-    have missed (Clopper-Pearson bound on 0 of n), for outcomes of 0 and 1.
+    For outcomes of 0 and 1 the interval is the adjusted Wald one of Bonett and Price 2012 and the test is exact
+    McNemar. Else the interval is a percentile bootstrap, whose percentiles are moved outwards by as much as Student's t
+    at n - 1 exceeds the normal quantile, and by √(n/(n-1)): plain ones are too narrow for few samples (Hesterberg
+    2015, arXiv 1411.5279, §5.3). The test flips signs, in all ways where up to 13 pairs differ. Both hold for
+    differences of any shape as n grows; for a few very skewed ones (n = 10, lognormal) the interval covers 85 %.
 
     Args:
         before: one finite number per sample.
         after: the same samples in the same order.
         seed: of the resampling.
         confidence: of the interval, between 0 and 1.
-        resamples: of the bootstrap and of the sign-flip test.
+        resamples: of the bootstrap and of the sign-flip test; unused for outcomes of 0 and 1.
 
     Raises:
         ValueError: if the lists differ in length, are empty or hold a number that is not finite.
@@ -72,48 +73,65 @@ def difference(
         raise ValueError("paired samples: a number is not finite")
     gain = y - x
     binary = _binary(x, y)
-    low, high = _interval(gain, binary, seed, confidence, resamples)
+    if binary:
+        low, high = _adjusted_wald(gain, confidence)
+    else:
+        low, high = _bootstrapped(gain, seed, confidence, resamples)
     return Difference(float(gain.mean()), low, high, _p(gain, binary, seed, resamples), len(gain), confidence)
 
 
-def _interval(gain: Any, binary: bool, seed: int, confidence: float, resamples: int) -> tuple[float, float]:
+def _adjusted_wald(gain: Any, confidence: float) -> tuple[float, float]:
+    """Wald's interval after adding one pair that gets better and one that gets worse."""
+    from scipy.stats import norm
+
+    n = len(gain) + 2
+    better, worse = (int((gain > 0).sum()) + 1) / n, (int((gain < 0).sum()) + 1) / n
+    middle = better - worse
+    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt((better + worse - middle**2) / n)
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def _bootstrapped(gain: Any, seed: int, confidence: float, resamples: int) -> tuple[float, float]:
     from scipy import stats
 
-    if np.ptp(gain) == 0:
-        missed = 1 - ((1 - confidence) / 2) ** (1 / len(gain)) if binary else 0.0
-        bounds = (-1.0, 1.0) if binary else (-np.inf, np.inf)
-        return float(max(gain[0] - missed, bounds[0])), float(min(gain[0] + missed, bounds[1]))
     n = len(gain)
-    away = stats.t.ppf((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
-    found = stats.bootstrap(
-        (gain,),
-        np.mean,
-        n_resamples=resamples,
-        batch=max(1, 4_000_000 // n),
-        confidence_level=1 - 2 * stats.norm.sf(away),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    if np.ptp(gain) == 0:
+        return float(gain[0]), float(gain[0])
+    rng = np.random.default_rng(seed)
+    means = [gain[rng.integers(n, size=(rows, n), dtype=np.int32)].mean(1) for rows in _chunks(resamples, n)]
+    tail = stats.norm.sf(stats.t.ppf((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1)))
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _p(gain: Any, binary: bool, seed: int, resamples: int) -> float:
-    from scipy import stats
+    from scipy.stats import binomtest
 
-    if not gain.any() or (len(gain) == 1 and not binary):
+    gain = gain[gain != 0]  # pairs that do not differ look the same either way
+    if not len(gain):
         return 1.0
     if binary:
-        better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-        return float(stats.binomtest(better, better + worse).pvalue)
-    found = stats.permutation_test(
-        (gain,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=resamples,
-        batch=max(1, 4_000_000 // len(gain)),
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.pvalue)
+        return float(binomtest(int((gain > 0).sum()), len(gain)).pvalue)
+    observed, size = abs(gain.sum()), np.abs(gain).sum()
+    exact = 2 ** len(gain) <= resamples
+    rng, found = np.random.default_rng(seed), 0
+    for rows in [2 ** len(gain)] if exact else _chunks(resamples, len(gain)):
+        bits = np.arange(rows)[:, None] >> np.arange(len(gain)) & 1 if exact else _coins(rng, rows, len(gain))
+        # sums that are equal but for rounding count as equal
+        found += int((np.abs(2 * (bits @ gain) - gain.sum()) >= observed - 1e-9 * size).sum())
+    return found / 2 ** len(gain) if exact else (found + 1) / (resamples + 1)
+
+
+def _coins(rng: np.random.Generator, rows: int, columns: int) -> Any:
+    """Fair coins, 0 and 1."""
+    bits = np.frombuffer(rng.bytes(rows * -(-columns // 8)), np.uint8).reshape(rows, -1)
+    return np.unpackbits(bits, axis=1, count=columns).astype(float)
+
+
+def _chunks(rows: int, columns: int) -> list[int]:
+    """So many rows at a time that an array of them stays small."""
+    most = max(1, 1_000_000 // columns)
+    return [min(most, rows - done) for done in range(0, rows, most)]
 
 
 def sign(difference: Difference) -> str:

@@ -196,6 +196,7 @@ def _everything(models: tuple[str, ...]) -> str:
                 "measured_steered": 81.0,
                 "interval": [17.0, 26.0],
                 "agrees": "the published gain lies in the measured interval",
+                "note": "500 documents of another split",
             },
             {
                 "steering": "act-tiny",

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from steerlens.paired import Difference, difference, sign
 
@@ -44,6 +46,31 @@ class TestP:
         gain = [0.5] * 28 + [-0.5] * 12
         assert difference([1.0] * 40, [1 + g for g in gain]).p == pytest.approx(mcnemar(28, 12), abs=0.005)
 
+    @pytest.mark.parametrize("n", [5, 12, 13, 14, 300])
+    def test_sign_flips_as_scipy(self, n):
+        """Drawn in chunks, or all of them; thirds make sums that are equal but for rounding."""
+        for gain in (np.random.default_rng(n).normal(0.2, 1, n), np.random.default_rng(n).integers(-2, 4, n) / 3):
+            wanted = stats.permutation_test((gain,), np.mean, permutation_type="samples", n_resamples=20_000).pvalue
+            exact = n < 14
+            assert difference([0.0] * n, gain.tolist()).p == pytest.approx(wanted, abs=1e-12 if exact else 0.015)
+
+    def test_pairs_that_do_not_differ_leave_the_test_exact(self):
+        gain = [2 / 3, 1 / 3, 1 / 3, 2 / 3, -1 / 3] + [0.0] * 95
+        assert difference([0.0] * 100, gain).p == pytest.approx(8 / 2**5, abs=1e-12)
+        assert difference([0.0] * 100, [1 / 3] + [0.0] * 99).p == 1.0
+
+    def test_p_of_drawn_flips_is_never_0(self):
+        assert difference([0.0] * 40, [0.3, 0.7] * 20, resamples=999).p == pytest.approx(1 / 1000)
+
+    def test_many_samples_take_no_longer_than_a_glance(self):
+        rng = np.random.default_rng(0)
+        before, after = rng.random((2, 10_000))
+        begun = time.process_time()
+        found = difference(before.tolist(), after.tolist())
+        assert time.process_time() - begun < 5 and found.high - found.low == pytest.approx(
+            2 * 1.96 * (after - before).std() / 100, rel=0.03
+        )
+
     def test_no_difference(self):
         found = difference([0.2, 0.4], [0.2, 0.4])
         assert (found.mean, found.low, found.high, found.p, found.noise) == (0, 0, 0, 1, True)
@@ -77,12 +104,30 @@ class TestInterval:
         assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
         assert (narrow.confidence, wide.confidence) == (0.8, 0.99)
 
-    def test_all_pairs_better_leave_room_for_what_was_missed(self):
-        """Clopper-Pearson on 0 of 20: 1 - 0.025^(1/20)."""
+    def test_outcomes_of_0_and_1_by_hand(self):
+        """Wald's interval of 11 better and 4 worse of 42, where 10 and 3 of 40 were seen (Bonett and Price 2012)."""
+        found = difference(*outcomes(10, 3, 27))
+        half = 1.959964 * math.sqrt((15 / 42 - (7 / 42) ** 2) / 42)
+        assert (found.low, found.high) == pytest.approx((7 / 42 - half, 7 / 42 + half), abs=1e-6)
+
+    def test_all_pairs_alike_leave_room_for_what_was_missed(self):
         found = difference([0.0] * 20, [1.0] * 20)
-        assert found.low == pytest.approx(1 - (1 - 0.025 ** (1 / 20))) and found.high == 1.0
+        assert 0.7 < found.low < 0.8 and found.high == 1.0
         same = difference([1.0] * 20, [1.0] * 20)
-        assert same.high == pytest.approx(1 - 0.025 ** (1 / 20)) == -same.low
+        assert same.high == -same.low == pytest.approx(1.959964 * math.sqrt(2) / 22, abs=1e-6)
+
+    @pytest.mark.parametrize("n", [10, 30, 200])
+    @pytest.mark.parametrize(("up", "down"), [(0.03, 0.01), (0.01, 0.005), (0.1, 0.3), (0.9, 0.02), (0.0, 0.0)])
+    def test_outcomes_of_0_and_1_are_covered_however_rare(self, n, up, down):
+        """Over all tables that occur; the bootstrap holds the true difference of the second row in 88 %."""
+        better, worse = (table.ravel() for table in np.meshgrid(range(n + 1), range(n + 1)))
+        chance = stats.multinomial.pmf(np.stack([better, worse, n - better - worse], 1), n, [up, down, 1 - up - down])
+        held = 0.0
+        for b, w, p in zip(better, worse, chance, strict=True):
+            if p > 1e-6:
+                found = difference(*outcomes(int(b), int(w), int(n - b - w)))
+                held += p * (found.low - 1e-12 <= up - down <= found.high + 1e-12)
+        assert held > 0.945
 
     def test_a_seed_gives_the_same_again(self):
         rng = np.random.default_rng(1)
@@ -100,11 +145,11 @@ class TestInterval:
 class TestNoise:
     @pytest.mark.parametrize(
         ("before", "after"),
-        [([0.3], [0.9]), ([0.1, 0.2], [0.5, 0.7]), ([0.0] * 5, [0.4] * 5), outcomes(4, 0, 46)],
-        ids=["one", "two", "five alike", "four of fifty"],
+        [([0.3], [0.9]), ([0.1, 0.2], [0.5, 0.7]), ([0.0] * 5, [0.4] * 5), outcomes(5, 0, 5)],
+        ids=["one", "two", "five alike", "five of ten"],
     )
     def test_too_few_to_tell(self, before, after):
-        """Their bootstrap never meets 0, but a fair coin would do it too."""
+        """Their interval does not hold 0, but a fair coin would do it too."""
         found = difference(before, after)
         assert found.low > 0 and found.p > 0.05
         assert found.noise and sign(found) == "within noise" and found.to_dict()["within_noise"]

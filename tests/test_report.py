@@ -129,7 +129,7 @@ class TestContents:
         plain = text.replace("\\", "")
         for shown in (flat(page.text), plain):
             for entry in summary["published"]:
-                assert entry["source"] in shown and entry["agrees"] in shown
+                assert entry["source"] in shown and entry["agrees"] in shown and entry.get("note", "") in shown
             assert "59.5\u00a0% → 81.0\u00a0%" in shown and "[+17.0, +26.0]" in shown and "+22.4" in shown
             assert summary["skipped"][0]["why"] in shown and summary["notes"][0] in shown
             assert "CUDA out of memory at batch size 1" in shown and "17, 163" in shown

@@ -174,6 +174,8 @@ class TestTexts:
             assert part.logprob == pytest.approx(alone.logprob, abs=1e-5)
             assert any(alone.text.endswith(stop) for stop in stops)
         assert len(calls) == max(o.lengths[0] for o in cut) < 8
+        (at_once,) = outputs(runner.run(Task(stop=(first[0],)), docs[:1], [BASELINE])["baseline"])
+        assert (at_once.text, at_once.lengths) == ("", (1,))
 
     def test_alone_as_in_a_batch(self, words, model_of):
         for family in ("llama-gqa", "gpt2"):

@@ -141,6 +141,8 @@ FIGURES = [
     {"task": "conflict", "metric": "follows", "steered": 61.0, "unit": "percent"},
     {"task": "boolq", "metric": "acc", "baseline": 60.1, "steered": 82.5, "unit": "percent"},
     {"task": "conflict", "metric": "logprob", "baseline": -2.0, "steered": 9.0, "unit": "nats"},
+    {"task": "own/conflict.yaml", "baseline": 33.0, "steered": 80.0, "other_model": "LLaMA-7B", "note": "other data"},
+    {"task": "conflict", "baseline": 80.0, "steered": 33.0, "other_model": "LLaMA-7B"},
 ]
 JOB = {
     "name": "small",
@@ -214,6 +216,7 @@ class TestSummary:
         comparisons = summarize(job, JOB)["comparisons"]
         found = one(comparisons, after="pasta", task="conflict", metric="follows")["changed"]
         assert len(found) == CHANGED
+        assert one(comparisons, after="pasta", task="conflict", metric="follows")["changed_total"] == 16
         # gains and losses in turn, as long as there are both
         assert [sample["doc_id"] for sample in found[:6]] == [8, 0, 9, 1, 10, 11]
         assert found[0] == {
@@ -284,13 +287,25 @@ class TestSummary:
             "no published difference to compare with; measured +52.2 [" + found[2]["agrees"].partition("[")[2],
             "not measured here",
             "differs",
+            "same direction",
+            "other direction",
         ]
         assert (
             f"the published difference +47 lies in the measured +52.2 [{low:+.1f}, {high:+.1f}], n = 23"
             in (found[0]["agrees"])
         )
         assert found[1]["metric"] == "follows" and found[1]["model"] == "tiny" and found[3]["measured_steered"] is None
+        assert found[5]["agrees"] == (
+            "same direction: published +47 on another model (LLaMA-7B), "
+            f"measured +52.2 [{low:+.1f}, {high:+.1f}], n = 23"
+        )
+        assert found[5]["note"] == "other data" and found[6]["agrees"].startswith("other direction: published -47 on")
         assert found[4]["measured_baseline"] == pytest.approx(sum(-1 - n / 8 + (n < 8) for n in range(23)) / 23)
+
+    def test_a_figure_of_another_model_beside_what_is_within_noise(self, job):
+        figure = {"steering": "pasta alpha=1", "task": "conflict", "baseline": 33.0, "steered": 80.0}
+        (found,) = summarize(job, JOB | {"published": [figure | {"other_model": "LLaMA-7B"}]})["published"]
+        assert found["agrees"].startswith("no direction to compare, within noise: published +47 on another model")
 
     def test_holm_is_over_the_tasks_of_one_steering(self, job):
         found = summarize(job, JOB)["comparisons"]
@@ -336,6 +351,8 @@ class TestSummary:
         assert found["models"] == ["org/other", "tiny"]
         assert [c["n"] for c in found["comparisons"] if c["after"] == "pasta" and c["metric"] == "follows"] == [24, 23]
         assert [p["model"] for p in found["published"] if p["task"] == "conflict"][:2] == ["org/other", "tiny"]
+        of_one = JOB | {"published": [figure | {"model": "tiny"} for figure in JOB["published"]]}
+        assert {p["model"] for p in summarize(job, of_one)["published"]} == {"tiny"}
 
 
 class TestErrors:

@@ -236,6 +236,7 @@ class Published:
     measured_change: str
     interval: str
     agrees: str
+    note: str
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,14 @@ def _lines(report: view.Report) -> Iterator[str]:
     if report.published:
         yield from _heading("Published and measured")
         yield from _table(
-            ("steering", "task", "metric", "model", "published", "measured here", "agreement", "source"),
+            ("steering", "task", "metric", "model", "published", "measured here", "agreement", "source", "note"),
             [
                 (
                     *(p.steering, p.task, p.metric, p.model, f"{p.baseline} → {p.steered} ({p.change})"),
                     f"{p.measured_baseline} → {p.measured_steered} ({p.measured_change} {p.interval})"
                     if p.measured
                     else figures.MISSING,
-                    *(p.agrees, p.source),
+                    *(p.agrees, p.source, p.note),
                 )
                 for p in report.published
             ],
@@ -104,7 +104,8 @@ def _lines(report: view.Report) -> Iterator[str]:
     if report.samples:
         yield from _heading("Samples that changed")
         also = f", also those of {words.count(report.unshown, 'more comparison')}" if report.unshown else ""
-        yield from (f"Words that differ are bold. The samples files hold every sample{also}.", "")
+        which = "Samples whose score changed, gains and losses in turn; words that differ are bold."
+        yield from (f"{which} The samples files hold every sample{also}.", "")
         for group in report.samples:
             yield from _samples(report, group)
     if report.skipped:

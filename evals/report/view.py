@@ -348,6 +348,7 @@ def _published(entry: Mapping[str, Any]) -> Published:
         measured_change=gain("measured_baseline", "measured_steered"),
         interval=MISSING if low is None or high is None else f"[{change(low)}, {change(high)}]",
         agrees=str(entry.get("agrees") or "not measured here"),
+        note=str(entry.get("note") or ""),
     )
 
 

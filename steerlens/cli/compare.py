@@ -35,7 +35,7 @@ def compare(
 ) -> None:
     """Compare two result folders, paired by document; lm-eval's own work too, if run with --log_samples.
 
-    Exact McNemar for outcomes of 0 and 1, else a paired sign-flip test, with 95 % bootstrap intervals and Holm's
+    Exact McNemar for outcomes of 0 and 1, else a paired sign-flip test with bootstrap; 95 % intervals, and Holm's
     correction across tasks. "detectable" is the least difference that so many documents show with 80 % probability.
     """
     if output is not None:
