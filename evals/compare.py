@@ -69,7 +69,8 @@ class Run:
         for (kept, *_), row in self.samples[task].items():
             listed = row.get("metrics")
             for name in listed if isinstance(listed, list) else [n for n in row if n in aggregated]:
-                single = row.get(name) is None or isinstance(row[name], (int, float))
+                spread = self.is_loglikelihood(task, name) and isinstance(row.get(name), list)
+                single = spread or row.get(name) is None or isinstance(row[name], (int, float))
                 found[kept, name] = found.get((kept, name), True) and single
         config = self.config(task)
         entries = config.get("metric_list") or config.get("metrics") or []
@@ -85,11 +86,11 @@ class Run:
         return None if found is None else bool(found)
 
     def is_loglikelihood(self, task: str, metric: str) -> bool:
-        """Whether the rows hold log-likelihoods, of which lm-eval makes a perplexity only when it takes their mean."""
+        """Whether the rows hold log-likelihoods, of which lm-eval makes a perplexity or bits only when it aggregates."""
         name, config = metric.partition(",")[0], self.config(task)
         listed = {entry.get("metric"): entry for entry in config.get("metric_list") or [] if isinstance(entry, dict)}
         aggregation = listed.get(name, {}).get("aggregation") or name
-        return "output_type" in config and aggregation == "perplexity"
+        return "output_type" in config and aggregation.rpartition("_")[2] in ("perplexity", "byte")
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ class Document:
         """The scores of a metric, or None where a side has none: an error, or no finite number."""
         shared = self.before.keys() & self.after.keys()
         if shared:
-            pairs = [(_number(self.before[p].get(metric)), _number(self.after[p].get(metric))) for p in sorted(shared)]
+            pairs = [(_score(self.before[p].get(metric)), _score(self.after[p].get(metric))) for p in sorted(shared)]
             whole = [(x, y) for x, y in pairs if x is not None and y is not None]
             sides: Any = zip(*whole, strict=True) if whole else ((), ())
         else:
-            sides = ([_number(row.get(metric)) for row in side.values()] for side in (self.before, self.after))
+            sides = ([_score(row.get(metric)) for row in side.values()] for side in (self.before, self.after))
         before, after = ([x for x in side if x is not None] for side in sides)
         return (math.fsum(before) / len(before), math.fsum(after) / len(after)) if before and after else None
 
@@ -535,7 +536,7 @@ def _contrasts(
 def _direction(a: Run, b: Run, task: str, metric: str) -> tuple[bool, list[str]]:
     """Whether more is better, and what to say about it."""
     if a.is_loglikelihood(task, metric):
-        return True, [f"{task}: {metric} is compared as the log-likelihood per document, where more is better"]
+        return True, [f"{task}: {metric} is compared as the documents' log-likelihoods, where more is better"]
     for run in (a, b):
         higher = run.higher_is_better(task, metric)
         if higher is not None:
@@ -552,7 +553,10 @@ def _adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
     return found
 
 
-def _number(value: Any) -> float | None:
+def _score(value: Any) -> float | None:
+    """A row's value as a number: as it is, or a log-likelihood over what it is spread over, words or bytes."""
+    if isinstance(value, list) and len(value) == 2 and value[1]:
+        value = value[0] / value[1]
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

@@ -240,7 +240,7 @@ class Folder:
     ) -> None:
         """See a finished batch onto the disk, all of it or nothing."""
         assert self._handle is not None
-        errors = sum("error" in row for row in rows)
+        errors = len({sample(row) for row in rows if "error" in row})
         end = {"end": batch, "rows": len(rows), "errors": errors, "seconds": seconds, "extra": dict(extra or {})}
         data = memoryview("".join(f"{json.dumps(row)}\n" for row in (*rows, end)).encode())
         before = os.fstat(self._handle).st_size
@@ -270,6 +270,11 @@ class Folder:
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.work.glob("worker-*-of-*.jsonl") if _WORKER.search(path.name))
+
+
+def sample(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What names a sample; lm-eval gives it a row per filter."""
+    return row["model"], row["steering"], row["task"], row["seed"], row["doc_id"]
 
 
 def _ends(path: Path) -> Iterator[End]:

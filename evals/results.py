@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from steerlens.evals.doc import Steering, slug
-from steerlens.evals.folder import End, Folder
+from steerlens.evals.folder import End, Folder, sample
 from steerlens.evals.job import Job, LmTask, ModelEntry
 from steerlens.evals.plan import Batch
 
@@ -42,8 +42,8 @@ class _Samples:
 
     places: list[tuple[int, int, str, Path, int]] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
-    count: int = 0
-    errors: int = 0
+    known: set[tuple[Any, ...]] = field(default_factory=set)
+    failed: set[tuple[Any, ...]] = field(default_factory=set)
     error: str = ""
     seconds: float = 0.0
     reports: list[dict[str, Any]] = field(default_factory=list)
@@ -66,10 +66,10 @@ def write(folder: Folder, job: Job, describe: Mapping[str, Any]) -> list[str]:
         for steering in folder.plan.steerings[model.name]:
             found = every[steering.label]
             failed += [
-                f"{model.name}, {steering.label}: none of the {samples.count} samples of {task} could be run; "
+                f"{model.name}, {steering.label}: none of the {len(samples.known)} samples of {task} could be run; "
                 f"the first error: {samples.error}"
                 for task, samples in found.items()
-                if samples.count and samples.errors == samples.count
+                if samples.known and samples.failed == samples.known
             ]
             target = folder.path / slug(model.name) / slug(steering.label)
             target.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ def _gather(folder: Folder, batches: Sequence[Batch], done: Mapping[int, End]) -
             # lm-eval's groups give several tasks per batch
             samples = found[row["steering"]].setdefault(row["task"], _Samples())
             samples.places.append((row["seed"], row["doc_id"], str(row.get("filter", "")), end.path, at))
-            samples.count += 1
+            samples.known.add(sample(row))
             samples.seconds += row.get("seconds") or 0.0
             if "error" in row:
-                samples.errors += 1
+                samples.failed.add(sample(row))
                 samples.error = samples.error or str(row["error"])[:500]
                 continue
             for metric in row["metrics"]:
@@ -147,7 +147,7 @@ def _results(
             sections[key] |= _over_seeds(key, [part.get(key) or {} for part in parts])
     for name, samples in found.items():
         if name in sections["results"]:
-            sections["results"][name] |= {"sample_errors": samples.errors}
+            sections["results"][name] |= {"sample_errors": len(samples.failed)}
     arguments = {
         "pretrained": model.id if model.id == TINY else model.target,
         "revision": model.revision,
@@ -199,7 +199,7 @@ def _task(name: str, task: Any, samples: _Samples) -> dict[str, Any]:
         if values := samples.values.get(metric):
             value, error, interval = estimate(values, functools.partial(task.aggregate, metric))
             numbers |= {f"{metric},none": value, f"{metric}_stderr,none": error, f"{metric}_ci95,none": interval}
-    numbers |= {"sample_len": samples.count}
+    numbers |= {"sample_len": len(samples.known)}
     expected = task.expected[0]
     said = {
         "results": numbers,
@@ -208,7 +208,7 @@ def _task(name: str, task: Any, samples: _Samples) -> dict[str, Any]:
         "versions": task.version,
         "n-shot": task.shots,
         "higher_is_better": dict(task.higher_is_better),
-        "n-samples": {"original": expected or samples.count, "effective": samples.count},
+        "n-samples": {"original": expected or len(samples.known), "effective": len(samples.known)},
         "task_hashes": task.fingerprint,
     }
     return {key: {name: value} for key, value in said.items()}

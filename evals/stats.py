@@ -191,18 +191,16 @@ def _described(run: Run, task: str) -> dict[str, Any]:
 
 
 def _errors(model: str, run: Run) -> list[dict[str, Any]]:
-    return [
-        {
-            "model": model,
-            "steering": run.label,
-            "task": task,
-            "seed": row["seed"],
-            "doc_id": row["doc_id"],
-            "error": row["error"],
-        }
+    # a filter of lm-eval's is a row of its own
+    failed = {
+        (task, row["seed"], row["doc_id"]): row["error"]
         for task, rows in run.samples.items()
         for row in rows.values()
         if "error" in row
+    }
+    return [
+        {"model": model, "steering": run.label, "task": task, "seed": seed, "doc_id": doc_id, "error": error}
+        for (task, seed, doc_id), error in failed.items()
     ]
 
 

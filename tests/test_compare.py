@@ -279,7 +279,23 @@ class TestHarness:
         assert load(harness[0]).results["higher_is_better"]["guess"]["perplexity"] is False
         assert contrast.before < 0 and contrast.higher_is_better
         assert contrast.verdict == ("better" if contrast.after > contrast.before else "worse")
-        assert "guess: perplexity is compared as the log-likelihood per document, where more is better" in found.notes
+        assert "guess: perplexity is compared as the documents' log-likelihoods, where more is better" in found.notes
+
+    def test_a_rolling_likelihood_counts_per_word(self, tmp_path):
+        """lm-eval's rows hold a log-likelihood and the words it is spread over; its f1 holds pairs that are no such."""
+        sides = []
+        for side, values in (("a", (-12.0, -8.0)), ("b", (-8.0, -4.0))):
+            rows = [row(document("read", i), side, {"f1": 1.0}) for i in range(2)]
+            rows = [
+                {**r, "word_perplexity": [value, 4], "f1": [1, 1], "metrics": ["word_perplexity", "f1"]}
+                for r, value in zip(rows, values, strict=True)
+            ]
+            configs = {"read": {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "word_perplexity"}]}}
+            higher = {"word_perplexity": False}
+            sides.append(write(tmp_path / side, rows, configs=configs, higher=higher))
+        (contrast,) = compare(load(sides[0]), load(sides[1])).contrasts
+        assert contrast.metric == "word_perplexity" and contrast.higher_is_better
+        assert (contrast.before, contrast.after) == (-2.5, -1.5)
 
 
 class TestErrors:
