@@ -8,7 +8,8 @@
     rouge1 rouge2 rougeL coverage density faithfulness  summaries
     macro_f1 mcc                                        of all documents together
 
-A text that says nothing, or one thing over and over, is worth 0 whatever it is measured by: see `degenerate`.
+A text that says nothing, or one thing over and over, is worth 0 whatever it is measured by: see `degenerate`. Only JSON
+that need not be the whole text is judged by its first object.
 Packages add metrics through the entry-point group "steerlens.metrics".
 """
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -292,6 +293,47 @@ class TestTables:
         assert "task 'own'" in str(error.value) and error.value.exit_code == 2 and "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            ({"label": 1, "kind": "film"}, r"rows.jsonl, row 30: column 'text' holds nothing; give the row a value"),
+            ({"text": "a", "label": 9, "kind": "film"}, r"rows.jsonl, row 30: map has no entry for 'label' 9"),
+            ({"text": "a", "label": 1, "kind": "film"}, r"row 30: template '.*n }}': it puts in nothing \(null\)"),
+        ],
+    )
+    def test_a_row_that_does_not_fit(self, row, said, tmp_path):
+        rows = [*REVIEWS, row]
+        with pytest.raises(TaskError, match=said) as error:
+            load(written(tmp_path, OWN, rows=rows)).docs(None, 0)
+        assert "task 'own'" in str(error.value)
+        assert len(load(written(tmp_path, OWN, rows=[*REVIEWS, {**row, "kind": "book"}])).docs(None, 0)) == 20
+
+    def test_a_list_is_no_text(self, tmp_path):
+        rows = [{"text": ["a", "b"], "label": 1, "kind": "film", "n": 1}] * 9
+        text = OWN.replace('prompt: "{{ shots }}; {{ text }} ->"', 'prompt: "{{ text }}"').replace(
+            'prompt: "{{ text }} -> {{ label }}"', 'prompt: "{{ text[0] }}"'
+        )
+        with pytest.raises(TaskError, match=r"it puts in \['a', 'b'\], which is no text; pick a part, or write"):
+            load(written(tmp_path, text.replace("count: 4", "count: 1"), rows=rows)).docs(None, 0)
+
+    def test_an_answer_is_one_choice(self, tmp_path):
+        with pytest.raises(TaskError, match=r"'negative' is there twice among the choices"):
+            text = OWN.replace("[negative, positive]", "[negative, positive, negative]")
+            load(written(tmp_path, text, rows=REVIEWS)).docs(None, 0)
+
+    def test_demonstrations_that_do_not_fit_are_named(self, tmp_path):
+        text = OWN.replace("{file: rows.jsonl", "{file: rows.jsonl, shots_file: other.jsonl")
+        with pytest.raises(TaskError, match=r"other.jsonl has no column 'text'"):
+            load(written(tmp_path, text, rows=REVIEWS, other=[{"label": 1}])).docs(None, 0)
+        with pytest.raises(TaskError, match=r"other.jsonl, row 0: map has no entry for 'label' 7"):
+            load(written(tmp_path, text, rows=REVIEWS, other=[{**REVIEWS[1], "label": 7}])).docs(None, 0)
+
+    def test_a_file_in_another_encoding(self, tmp_path):
+        path = written(tmp_path, OWN, rows=REVIEWS)
+        (tmp_path / "rows.jsonl").write_bytes('{"text": "caf\xe9", "label": 1, "kind": "film"}\n'.encode("latin-1"))
+        with pytest.raises(TaskError, match=r"rows.jsonl is not UTF-8 .*save it as UTF-8"):
+            load(path).docs(None, 0)
+
+    @pytest.mark.parametrize(
         ("rows", "said"),
         [
             ([], "rows.jsonl holds no document"),
@@ -345,7 +387,10 @@ class TestFiles:
             load("neddle")
 
     def test_no_constant_is_computed_when_a_file_is_read(self, tmp_path):
-        load(written(tmp_path, OWN.replace("{{ shots }}", "{{ 9 ** 9 ** 9 ** 9 }}{{ 'a' * 10 ** 12 }}")))
+        for costly in ("9 ** 9 ** 9 ** 9", "'a' * 10 ** 12", "'%999999999999d' % 1", "'a' | center(999999999999)"):
+            start = time.perf_counter()
+            load(written(tmp_path, OWN.replace("{{ shots }}", f"{{{{ {costly} }}}}{{% set x = {costly} %}}")))
+            assert time.perf_counter() - start < 5
 
     def test_overrides(self, tmp_path, monkeypatch):
         needle = load("needle")
