@@ -20,7 +20,7 @@ from steerlens.evals import sources, task
 from steerlens.evals.doc import Output
 from steerlens.evals.task import TaskError, load
 from steerlens.evals.world.facts import Fact, split_of
-from steerlens.evals.world.tasks import follows
+from steerlens.evals.world.tasks import INSTRUCTIONS, follows
 from steerlens.evals.world.vocabulary import ATTRIBUTES
 from transformers import AutoTokenizer
 
@@ -99,6 +99,27 @@ class TestWorld:
             if doc.example.alternatives:
                 wrong = loaded.score(doc, Output((doc.example.alternatives[0],)))
                 assert wrong["follows"] == 0 and wrong.get("alternative", 1) == 1
+
+
+@pytest.mark.parametrize("name", sorted({*WORLD} - {"memory", "classify", "drift", "system_constraint"}))
+def test_what_is_emphasised_is_the_one_statement_that_answers(name):
+    for doc in load(name).docs(40, 0):
+        asked = re.findall(r"What is the (\w+) of ([A-Za-z ]+?)\?", doc.example.prompt)[-1]
+        (emphasis,) = doc.example.groups["emphasis"]
+        if name in INSTRUCTIONS:
+            assert emphasis.text == INSTRUCTIONS[name]
+        else:
+            assert emphasis.text == Fact(*asked, doc.example.answer).statement
+        told = [fact for fact in STATEMENT.findall(doc.example.prompt) if fact[:2] == asked]
+        assert len(told) == (2 if "conflict" in name else 1)
+
+
+def test_the_example_in_the_readme(tmp_path):
+    readme = (Path(task.__file__).parent / "tasks" / "README.md").read_text()
+    (tmp_path / "own.yaml").write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
+    rows = [{"text": f"{i}", "label": i % 2, "language": "en", "length": 9, "right": [1, 0]} for i in range(9)]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load(tmp_path / "own.yaml").docs(None, 0)) == 9
 
 
 class TestGrids:
