@@ -8,7 +8,8 @@
     rouge1 rouge2 rougeL coverage density faithfulness  summaries
     macro_f1 mcc                                        of all documents together
 
-A text that says nothing, or one thing over and over, is worth 0 whatever it is measured by: see `degenerate`.
+A text that says nothing, or one thing over and over, is worth 0 whatever it is measured by: see `degenerate`. Only JSON
+that need not be the whole text is judged by its first object.
 Packages add metrics through the entry-point group "steerlens.metrics".
 """
 
@@ -207,7 +208,7 @@ def degenerate(text: str) -> bool:
 def _loops(text: str) -> bool:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     least = max(LOOP, len(codes) // 2 + 1)
-    for period in range(1, len(codes) // REPEATS + 1):
+    for period in _periods(text):
         breaks = np.flatnonzero(codes[period:] != codes[:-period])
         runs = np.diff(np.concatenate(([-1], breaks, [len(codes) - period]))) - 1
         longest = int(runs.argmax())
@@ -215,6 +216,19 @@ def _loops(text: str) -> bool:
             start = 0 if longest == 0 else int(breaks[longest - 1]) + 1
             return any(character.isalnum() for character in text[start : start + period])
     return False
+
+
+def _periods(text: str) -> list[int]:
+    # What is looped over more than half of a text has its first three quarters over the eighth that begins at a
+    # quarter, or over the one that begins at the half: there, what is one period on is the same.
+    size, found = len(text), set()
+    for at in (size // 4, size - size // 2):
+        sample = text[at : at + max(1, size // 8)]
+        there = text.find(sample, at + 1)
+        while 0 <= there <= at + size // REPEATS:
+            found.add(there - at)
+            there = text.find(sample, there + 1)
+    return sorted(found)
 
 
 def _place(doc: Doc) -> str:

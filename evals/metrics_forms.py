@@ -16,7 +16,7 @@ from steerlens.evals.metrics_answers import normalize
 GENDERED = frozenset(("she", "he", "her", "him", "hers", "his", "herself", "himself"))
 
 
-@metric("json_valid")
+@metric("json_valid", guarded=False)
 def json_valid(doc: Doc, output: Output, *, keys: Sequence[str] = (), whole: bool = True) -> float:
     """1 if the text is a JSON object that says something.
 
@@ -27,13 +27,14 @@ def json_valid(doc: Doc, output: Output, *, keys: Sequence[str] = (), whole: boo
         doc: the document.
         output: its text.
         keys: names that must be there, each with a value.
-        whole: whether nothing may follow the object.
+        whole: whether nothing may follow the object. If not, the first object alone is judged: a base model that has
+            given it goes on, often with the same again.
     """
     found = _object(output.text, whole)
     return found is not None and all(key in found for key in keys)
 
 
-@metric("json_value", needs=("answer",))
+@metric("json_value", needs=("answer",), guarded=False)
 def json_value(
     doc: Doc, output: Output, *, key: str | None = None, keys: Sequence[str] = (), whole: bool = True
 ) -> float:

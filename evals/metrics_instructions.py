@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import io
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -137,8 +137,9 @@ def _verdicts(
 
 
 def _registry(metric: str) -> ModuleType:
-    # On import lm-eval looks for nltk's sentence model and, without it, tries to fetch it and prints that it failed.
-    with contextlib.redirect_stdout(sys.stderr):
+    # On import lm-eval tries to fetch nltk's sentence model where it is not there, and prints that it failed and then
+    # that it succeeded; `_sentences` says what is so.
+    with contextlib.redirect_stdout(io.StringIO()):
         found = library("lm_eval.tasks.ifeval.instructions_registry", metric)
         library("langdetect", metric).DetectorFactory.seed = 0  # it draws samples of a text
     return found

@@ -146,10 +146,14 @@ class Table:
     @property
     def place(self) -> str:
         """Its name in messages."""
+        return self.named()
+
+    def named(self, *, shots: bool = False) -> str:
+        """Its name in messages, or with `shots` that of what demonstrations are drawn from."""
         if isinstance(self.spec, File):
-            return str(self._path(self.spec.file))
+            return str(self._path((shots and self.spec.shots_file) or self.spec.file))
         named = f"{self.spec.hub} ({self.spec.config})" if self.spec.config else self.spec.hub
-        return f"{named}, split {self.spec.split!r}"
+        return f"{named}, split {(shots and self.spec.shots_split) or self.spec.split!r}"
 
     @property
     def apart(self) -> bool:
@@ -197,11 +201,13 @@ class Table:
     @staticmethod
     def _of_file(path: Path) -> Rows:
         try:
-            with path.open("rb") as stream:
-                if not any(line.strip() for line in stream):
+            with path.open(encoding="utf-8") as stream:
+                if not sum(bool(line.strip()) for line in stream):
                     raise TaskError(f"{path} holds no document; it needs a JSON object a line")
         except OSError as error:
             raise TaskError(f"{path} cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
         try:
             return _datasets().load_dataset("json", data_files=str(path), split="train")
         except TaskError:

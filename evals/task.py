@@ -269,26 +269,38 @@ class Task:
             )
         return registry.get(metric).aggregate(values)
 
-    def row(self, table: Rows, index: int) -> dict[str, Any] | None:
-        """A row with its values replaced as `map` says; None if `where` leaves it out."""
+    def row(self, table: Rows, index: int, *, shots: bool = False) -> dict[str, Any] | None:
+        """A row with its values replaced as `map` says; None if `where` leaves it out.
+
+        Raises:
+            TaskError: for a column without a value, or one that `map` does not know.
+        """
+        assert isinstance(self.data, Table)
         row = sources.plain(table[index])
         for column, wanted in self.spec.where.items():
             if row[column] not in (wanted if isinstance(wanted, list) else [wanted]):
                 return None
+        place = f"task {self.name!r}: {self.data.named(shots=shots)}, row {index}"
         for column, values in self.spec.map.items():
             if not isinstance(row[column], str | int | float | None) or row[column] not in values:
                 raise TaskError(
-                    f"task {self.name!r}: row {index}: map has no entry for {column!r} {row[column]!r:.80}; it has "
+                    f"{place}: map has no entry for {column!r} {row[column]!r:.80}; it has "
                     f"{', '.join(map(repr, values))}"
                 )
             row[column] = values[row[column]]
+        for column in self.spec.columns:
+            if row[column] is None:
+                raise TaskError(
+                    f"{place}: column {column!r} holds nothing; give the row a value, or take {column!r} out of "
+                    "columns if the templates do without it"
+                )
         return row
 
     def _table(self, *, shots: bool = False) -> Rows:
         assert isinstance(self.data, Table)
         table = self.data.rows(shots=shots)
         columns = dict.fromkeys([*self.spec.columns, *self.spec.map, *self.spec.where])
-        sources.require(list(columns), table, self.data.place, self.name)
+        sources.require(list(columns), table, self.data.named(shots=shots), self.name)
         return table
 
     def _doc(self, row: dict[str, Any], shown: list[str], seed: int, number: int, place: str) -> Doc:
@@ -312,6 +324,8 @@ class Task:
                 raise ValueError(
                     f"the answer {answer!r:.80} must be one of at least two choices, not of {choices!r:.200}"
                 )
+            if choices.count(answer) > 1:
+                raise ValueError(f"the answer {answer!r:.80} is there twice among the choices {choices!r:.200}")
             target = choices.index(answer)
         groups = {name: _selected(name, one, values, contents) for name, one in spec.spans.items()}
         alternatives = tuple(text for text in _texts(spec.alternatives, values) if text and text != answer)
@@ -335,7 +349,7 @@ class _Demonstrations:
         for index in sources.order(len(rows), self.key):
             if len(self.pool) == POOL:
                 break
-            if (row := task.row(rows, index)) is not None:
+            if (row := task.row(rows, index, shots=True)) is not None:
                 answer = render(task.spec.answer or "", row)
                 self.pool[index] = (answer, render(self.shots.prompt, row))
 

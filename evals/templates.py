@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
-from jinja2.exceptions import SecurityError
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, pass_eval_context
+from jinja2.exceptions import SecurityError, TemplateRuntimeError
+from jinja2.nodes import EvalContext
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -16,7 +17,6 @@ from steerlens.errors import nearest
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    # Jinja computes constants while it compiles: no template may take forever to load
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -25,7 +25,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         raise SecurityError(f"{operator} is allowed in templates only to multiply numbers")
 
 
-_ENVIRONMENT = _Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+@pass_eval_context
+def _printed(context: EvalContext, value: Any) -> Any:
+    if value is None or isinstance(value, list | tuple | dict):
+        told = "nothing (null)" if value is None else f"{value!r:.80}, which is no text; pick a part, or write | tojson"
+        raise TemplateRuntimeError(f"it puts in {told}")
+    return value
+
+
+# Jinja computes constants while it compiles, unless they are printed by what needs a context: no template may take
+# forever to load.
+_ENVIRONMENT = _Environment(undefined=StrictUndefined, keep_trailing_newline=True, optimized=False, finalize=_printed)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,8 +61,6 @@ def render(text: str, values: Mapping[str, Any]) -> str:
     """
     try:
         return compiled(text).render(values)
-    except ValueError:
-        raise
     except TemplateError as error:
         unknown = sorted(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) - values.keys())
         hint = nearest(unknown[0], values) if unknown else ""

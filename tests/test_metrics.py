@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 
@@ -117,6 +119,26 @@ class TestDegenerate:
     def test_loops(self, phrase, times):
         letters = len(phrase.replace(" ", ""))
         assert degenerate(f"{phrase} " * times) == (letters == 0 or letters * times >= 12)
+
+    @given(st.text("ab.", max_size=9), st.text("abc", max_size=30), st.integers(0, 9), st.text("abc.", max_size=30))
+    def test_a_loop_over_more_than_half_is_found_wherever_it_lies(self, phrase, before, times, after):
+        text = before + phrase * times + phrase[:3] + after
+
+        def looped(start, period):
+            stop = start + period
+            while stop < len(text) and text[stop] == text[stop - period]:
+                stop += 1
+            most = max(12, len(text) // 2 + 1, 4 * period)
+            return stop - start >= most and any(c.isalnum() for c in text[start : start + period])
+
+        found = any(looped(start, period) for period in range(1, len(text) // 4 + 1) for start in range(len(text)))
+        assert metrics._loops(text) == found
+
+    def test_a_long_text_takes_no_time(self):
+        text = "".join(chr(97 + i * i * 7919 % 26) + str(i) for i in range(40_000))
+        start = time.perf_counter()
+        assert not degenerate(text) and degenerate(text * 5)
+        assert time.perf_counter() - start < 5
 
     @pytest.mark.parametrize(
         "text",
@@ -254,6 +276,11 @@ class TestForms:
         assert value("json_valid", doc(), said(text), whole=False) == 1
         assert value("json_value", doc("nurse"), said(text), key="occupation", whole=False) == 1
         assert value("json_value", doc("poet"), said(text), key="occupation", whole=False) == 0
+        for name in ("json_valid", "json_value"):
+            again = said('{"name": "Ann", "occupation": "nurse"}\n' * 6)
+            assert value(name, doc("nurse"), again, whole=False) == 1 and value(name, doc("nurse"), again) == 0
+            for text in [*HOLLOW, '{"occupation": "nurse nurse nurse nurse"}', "nurse " * 9]:
+                assert value(name, doc("nurse"), said(text), whole=False) == 0
         assert value("json_value", doc("nurse"), said('{"name": "nurse"}'), key="occupation") == 0
 
     def test_entropy_by_hand(self):
@@ -339,6 +366,16 @@ class TestInstructions:
     def test_constraints_that_are_none(self, data, says):
         with pytest.raises(MetricError, match=says):
             value("constraints", doc(data=data), said("some text"))
+
+    def test_nothing_is_printed_of_a_download_that_failed(self, tmp_path):
+        code = (
+            "import nltk; nltk.download = lambda *_: print('Error loading');"
+            "from steerlens.evals import metrics; metrics.get('constraints').prepare({});"
+            "import lm_eval.tasks.ifeval.instructions_util"
+        )
+        nowhere = {**os.environ, "HOME": str(tmp_path), "NLTK_DATA": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=nowhere)
+        assert "rror loading" not in done.stdout + done.stderr and "ownloaded" not in done.stdout + done.stderr
 
     def test_the_sentence_model_is_asked_for(self, monkeypatch):
         import nltk

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from steerlens.evals import sources, task
 from steerlens.evals.doc import Output
 from steerlens.evals.task import TaskError, load
 from steerlens.evals.world.facts import Fact, split_of
-from steerlens.evals.world.tasks import follows
+from steerlens.evals.world.tasks import INSTRUCTIONS, follows
 from steerlens.evals.world.vocabulary import ATTRIBUTES
 from transformers import AutoTokenizer
 
@@ -98,6 +99,27 @@ class TestWorld:
             if doc.example.alternatives:
                 wrong = loaded.score(doc, Output((doc.example.alternatives[0],)))
                 assert wrong["follows"] == 0 and wrong.get("alternative", 1) == 1
+
+
+@pytest.mark.parametrize("name", sorted({*WORLD} - {"memory", "classify", "drift", "system_constraint"}))
+def test_what_is_emphasised_is_the_one_statement_that_answers(name):
+    for doc in load(name).docs(40, 0):
+        asked = re.findall(r"What is the (\w+) of ([A-Za-z ]+?)\?", doc.example.prompt)[-1]
+        (emphasis,) = doc.example.groups["emphasis"]
+        if name in INSTRUCTIONS:
+            assert emphasis.text == INSTRUCTIONS[name]
+        else:
+            assert emphasis.text == Fact(*asked, doc.example.answer).statement
+        told = [fact for fact in STATEMENT.findall(doc.example.prompt) if fact[:2] == asked]
+        assert len(told) == (2 if "conflict" in name else 1)
+
+
+def test_the_example_in_the_readme(tmp_path):
+    readme = (Path(task.__file__).parent / "tasks" / "README.md").read_text()
+    (tmp_path / "own.yaml").write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
+    rows = [{"text": f"{i}", "label": i % 2, "language": "en", "length": 9, "right": [1, 0]} for i in range(9)]
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load(tmp_path / "own.yaml").docs(None, 0)) == 9
 
 
 class TestGrids:
@@ -292,6 +314,47 @@ class TestTables:
         assert "task 'own'" in str(error.value) and error.value.exit_code == 2 and "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            ({"label": 1, "kind": "film"}, r"rows.jsonl, row 30: column 'text' holds nothing; give the row a value"),
+            ({"text": "a", "label": 9, "kind": "film"}, r"rows.jsonl, row 30: map has no entry for 'label' 9"),
+            ({"text": "a", "label": 1, "kind": "film"}, r"row 30: template '.*n }}': it puts in nothing \(null\)"),
+        ],
+    )
+    def test_a_row_that_does_not_fit(self, row, said, tmp_path):
+        rows = [*REVIEWS, row]
+        with pytest.raises(TaskError, match=said) as error:
+            load(written(tmp_path, OWN, rows=rows)).docs(None, 0)
+        assert "task 'own'" in str(error.value)
+        assert len(load(written(tmp_path, OWN, rows=[*REVIEWS, {**row, "kind": "book"}])).docs(None, 0)) == 20
+
+    def test_a_list_is_no_text(self, tmp_path):
+        rows = [{"text": ["a", "b"], "label": 1, "kind": "film", "n": 1}] * 9
+        text = OWN.replace('prompt: "{{ shots }}; {{ text }} ->"', 'prompt: "{{ text }}"').replace(
+            'prompt: "{{ text }} -> {{ label }}"', 'prompt: "{{ text[0] }}"'
+        )
+        with pytest.raises(TaskError, match=r"it puts in \['a', 'b'\], which is no text; pick a part, or write"):
+            load(written(tmp_path, text.replace("count: 4", "count: 1"), rows=rows)).docs(None, 0)
+
+    def test_an_answer_is_one_choice(self, tmp_path):
+        with pytest.raises(TaskError, match=r"'negative' is there twice among the choices"):
+            text = OWN.replace("[negative, positive]", "[negative, positive, negative]")
+            load(written(tmp_path, text, rows=REVIEWS)).docs(None, 0)
+
+    def test_demonstrations_that_do_not_fit_are_named(self, tmp_path):
+        text = OWN.replace("{file: rows.jsonl", "{file: rows.jsonl, shots_file: other.jsonl")
+        with pytest.raises(TaskError, match=r"other.jsonl has no column 'text'"):
+            load(written(tmp_path, text, rows=REVIEWS, other=[{"label": 1}])).docs(None, 0)
+        with pytest.raises(TaskError, match=r"other.jsonl, row 0: map has no entry for 'label' 7"):
+            load(written(tmp_path, text, rows=REVIEWS, other=[{**REVIEWS[1], "label": 7}])).docs(None, 0)
+
+    def test_a_file_in_another_encoding(self, tmp_path):
+        path = written(tmp_path, OWN, rows=REVIEWS)
+        (tmp_path / "rows.jsonl").write_bytes('{"text": "caf\xe9", "label": 1, "kind": "film"}\n'.encode("latin-1"))
+        with pytest.raises(TaskError, match=r"rows.jsonl is not UTF-8 .*save it as UTF-8"):
+            load(path).docs(None, 0)
+
+    @pytest.mark.parametrize(
         ("rows", "said"),
         [
             ([], "rows.jsonl holds no document"),
@@ -345,7 +408,10 @@ class TestFiles:
             load("neddle")
 
     def test_no_constant_is_computed_when_a_file_is_read(self, tmp_path):
-        load(written(tmp_path, OWN.replace("{{ shots }}", "{{ 9 ** 9 ** 9 ** 9 }}{{ 'a' * 10 ** 12 }}")))
+        for costly in ("9 ** 9 ** 9 ** 9", "'a' * 10 ** 12", "'%999999999999d' % 1", "'a' | center(999999999999)"):
+            start = time.perf_counter()
+            load(written(tmp_path, OWN.replace("{{ shots }}", f"{{{{ {costly} }}}}{{% set x = {costly} %}}")))
+            assert time.perf_counter() - start < 5
 
     def test_overrides(self, tmp_path, monkeypatch):
         needle = load("needle")
