@@ -220,7 +220,7 @@ def _compared(entry: Mapping[str, Any], contrast: Contrast) -> dict[str, Any]:
         "steered": found.pop("after"),
         **found,
         "cells": _cells(contrast.documents),
-        "changed": _changed(contrast) if contrast.primary else [],
+        "changed": _changed(contrast) if contrast.primary and entry["role"] in ("method", "sweep") else [],
         "changed_total": sum(before != after for before, after in (d.scores for d in contrast.documents)),
     }
 
