@@ -28,6 +28,10 @@ _END = b'{"end": '
 _WAY_OUT = "remove this file, and --resume runs its batches again"
 
 
+_NO_RESULT = ("fingerprint", "output", "name", "published")
+"""Keys of a job that no sample depends on."""
+
+
 class FolderError(JobError):
     """A folder of another job or another worker, or one with a broken file."""
 
@@ -146,7 +150,7 @@ class Folder:
     def _compare(self, job: Job) -> None:
         wanted, found = json.loads(json.dumps(job.compared())), _read_json(self.path / "job.json")
         keys = [*wanted, *(key for key in found if key not in wanted)]
-        changed = [key for key in keys if key not in ("fingerprint", "output") and wanted.get(key) != found.get(key)]
+        changed = [key for key in keys if key not in _NO_RESULT and wanted.get(key) != found.get(key)]
         if changed:
             detail = "; ".join(_difference(key, found.get(key), wanted.get(key)) for key in changed)
             raise FolderError(f"--output {self.path} belongs to another job: {detail}; name another folder")
