@@ -86,7 +86,7 @@ class Run:
         return None if found is None else bool(found)
 
     def is_loglikelihood(self, task: str, metric: str) -> bool:
-        """Whether the rows hold log-likelihoods, of which lm-eval makes a perplexity or bits only when it aggregates."""
+        """Whether the rows hold log-likelihoods, of which lm-eval makes a perplexity or bits when it aggregates."""
         name, config = metric.partition(",")[0], self.config(task)
         listed = {entry.get("metric"): entry for entry in config.get("metric_list") or [] if isinstance(entry, dict)}
         aggregation = listed.get(name, {}).get("aggregation") or name

@@ -26,8 +26,6 @@ from steerlens import files
 _WORKER = re.compile(r"worker-(\d+)-of-(\d+)\.jsonl\Z")
 _END = b'{"end": '
 _WAY_OUT = "remove this file, and --resume runs its batches again"
-
-
 _NO_RESULT = ("fingerprint", "output", "name", "published")
 """Keys of a job that no sample depends on."""
 
