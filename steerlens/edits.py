@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from steerlens.vectors import HeadVectors
 
 Phase = Literal["all", "prefill", "decode", "prompt"]
 """`all` rows; `decode` rows; `prefill`: those before the decode rows; `prompt`: every prompt row."""
@@ -109,5 +112,31 @@ class Ablate:
 
 
 Edit = Reweight | Ablate
-Plan = Mapping[int, tuple[Edit, ...]]
+
+
+@dataclass(frozen=True)
+class ShiftQuery:
+    """q' = q + `scale`·vector in each of `heads`, after the position encoding; all that follows sees q'."""
+
+    heads: tuple[int, ...]
+    vectors: HeadVectors
+    scale: float
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AddOutput:
+    """o' = o + `scale`·vector in each of `heads`, where the output projection reads it: after every other edit."""
+
+    heads: tuple[int, ...]
+    vectors: HeadVectors
+    scale: float
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput
+"""Edits of what goes into an attention call and comes out of it: no backend knows them."""
+Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""
