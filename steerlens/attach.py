@@ -11,7 +11,7 @@ import torch
 from steerlens import around, backends, decoder
 from steerlens.backends import fused, reference, sdpa
 from steerlens.backends.call import Bias, Call, Cut
-from steerlens.edits import Around, Plan, Reweight
+from steerlens.edits import Around, Plan, Redistribute, Reweight
 from steerlens.engine import Engine
 from steerlens.errors import MethodError, SpanError, SteeringStateError
 from steerlens.lower import Placed
@@ -209,7 +209,7 @@ class Steering:
 
     def observe(self, layer: int, call: Call, now: Pass) -> None:
         """Accumulate the change of mass of one attention call, on the device and without synchronising."""
-        if not any(isinstance(p.edit, Reweight) for p in self.placed.get(layer, ())):
+        if not any(isinstance(p.edit, (Reweight, Redistribute)) for p in self.placed.get(layer, ())):
             return
         budget = sdpa.budget(call)
         edits = reference.resolve(call, budget)
@@ -225,7 +225,7 @@ class Steering:
         total, count = self._mass.get(layer, nothing)
         here = torch.zeros_like(total)
         real = now.real_rows()
-        cut = any(isinstance(edit, Cut) for edit in edits)
+        cut = any(isinstance(edit, (Cut, reference.Gain)) for edit in edits)
         fast = fused.moved(call, edited) if self._engine.backend == "triton" and not cut else None
         for rows in reference.blocks(call, budget):
             if fast is None:
