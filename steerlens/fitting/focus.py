@@ -104,7 +104,7 @@ def train(
             optimizer.zero_grad()
             (-mean).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            total += float(mean)
+            total += float(mean.detach())
         means.append(total / len(rows))
     return directions.detach(), means
 
