@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steerlens.vectors import HeadVectors
+
 HIDE = -1000.0
 """Nats that leave nothing of a key beside any other; a row whose every visible key is hidden stays as it is."""
 
@@ -176,5 +178,31 @@ class Ablate:
 
 
 Edit = Reweight | Redistribute | Ablate
-Plan = Mapping[int, tuple[Edit, ...]]
+
+
+@dataclass(frozen=True)
+class ShiftQuery:
+    """q' = q + `scale`·vector in each of `heads`, after the position encoding; all that follows sees q'."""
+
+    heads: tuple[int, ...]
+    vectors: HeadVectors
+    scale: float
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AddOutput:
+    """o' = o + `scale`·vector in each of `heads`, where the output projection reads it: after every other edit."""
+
+    heads: tuple[int, ...]
+    vectors: HeadVectors
+    scale: float
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput
+"""Edits of what goes into an attention call and comes out of it: no backend knows them."""
+Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""
