@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from steerlens.fitting.anchors import anchor_reweighting
 from steerlens.fitting.baking import bake, output_bias
 from steerlens.fitting.focus import focus_directions
 from steerlens.fitting.probes import iti, nl_iti
 
-__all__ = ["bake", "focus_directions", "iti", "nl_iti", "output_bias"]
+__all__ = ["anchor_reweighting", "bake", "focus_directions", "iti", "nl_iti", "output_bias"]
