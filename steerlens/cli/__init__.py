@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from steerlens import __version__
-from steerlens.cli import bench, compare, doctor, eval, guard, heads, listing, run, tune
+from steerlens.cli import bench, compare, doctor, eval, guard, heads, influence, listing, run, tune
 
 app = typer.Typer(
     name="steerlens",
@@ -46,6 +46,7 @@ app.command("bench")(guard.guarded(bench.bench))
 app.command("eval")(guard.guarded(eval.evaluate))
 app.command("compare")(guard.guarded(compare.compare))
 app.command("tune")(guard.guarded(tune.tune))
+app.command("influence")(guard.guarded(influence.influence))
 app.add_typer(heads.app, name="heads")
 
 

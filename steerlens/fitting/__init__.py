@@ -1,0 +1,10 @@
+"""Fits of the vectors that some methods steer along, from examples; each returns a `VectorFile` to save."""
+
+from __future__ import annotations
+
+from steerlens.fitting.anchors import anchor_reweighting
+from steerlens.fitting.baking import bake, output_bias
+from steerlens.fitting.focus import focus_directions
+from steerlens.fitting.probes import iti, nl_iti
+
+__all__ = ["anchor_reweighting", "bake", "focus_directions", "iti", "nl_iti", "output_bias"]
