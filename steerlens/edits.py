@@ -194,7 +194,18 @@ class AddOutput:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput
+@dataclass(frozen=True)
+class LiftLogits:
+    """x' = x + `fraction`·|x| for the scaled and capped logits x of `keys`, before every other edit."""
+
+    heads: tuple[int, ...]
+    keys: SpanKeys
+    fraction: float
+    phase: Phase = "decode"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput | LiftLogits
 """Edits of what goes into an attention call and comes out of it: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""
