@@ -205,7 +205,24 @@ class LiftLogits:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits
+@dataclass(frozen=True)
+class ProjectKeys:
+    """k' = k + `scale`·M k on `keys`, before any position encoding, once: what a cache holds stays as it is.
+
+    Attributes:
+        heads: key/value heads of the layer.
+        vectors: M of every key/value head, [G, D, D].
+    """
+
+    heads: tuple[int, ...]
+    keys: SpanKeys
+    vectors: HeadVectors
+    scale: float = 1.0
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys
 """Edits of what goes into an attention call and comes out of it: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import around, caches, decoder, masks, selfcheck
+from steerlens import around, caches, decoder, inlets, masks, selfcheck
 from steerlens.backends.call import Call, Lowered
 from steerlens.edits import LiftLogits, Reweight, Sinks
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
@@ -90,6 +90,7 @@ class Site(Guarded):
         self.placed: list[Placed] = []
         self.around: list[around.Placed] = []
         self.outlet = around.Outlet(module, layer, engine.facts)
+        self.inlet = inlets.Inlet(engine, layer, module)
         self.calls = self.rows = 0
         self.reached = True
 
@@ -105,6 +106,7 @@ class Site(Guarded):
         self.module.config = self.config
         self.module.__dict__.pop("_steerlens", None)
         self.outlet.release()
+        self.inlet.place([])
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
@@ -184,6 +186,7 @@ class Engine(Guarded):
         for layer, site in self.sites.items():
             site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
             site.around = [item for context in self.contexts for item in context.around.get(layer, ())]
+            site.inlet.place(site.around)
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
         models = {id(user.model): user.model for user in self.users}
@@ -393,6 +396,7 @@ class Engine(Guarded):
         site.rows += query.shape[0] * query.shape[2]
         site.reached = True
         if site.around:
+            site.inlet.check(self.current)
             query = around.shift(query, site.around, now, first, f"layer {site.layer} of {self.facts.name}")
         call = self._call(site, now, query, key, value, mask, scaling, extra)
         call.first = first

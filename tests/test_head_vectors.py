@@ -348,7 +348,7 @@ class TestErrors:
         VectorFile("x", {"query.0": torch.ones(8, 5), "score.0": torch.ones(8)}, {}).save(tmp_path / "w.safetensors")
         fails("vectors of 5 numbers; the queries of layer 0 of .* have 8", tmp_path / "w.safetensors", top=2)
         VectorFile("x", {"query.7": torch.ones(8, 8), "score.7": torch.ones(8)}, {}).save(tmp_path / "l.safetensors")
-        fails("has heads of layer 7; .* has layers 0..2", tmp_path / "l.safetensors", top=2)
+        fails("has heads of layer 7; .* has attention in layers 0, 1, 2", tmp_path / "l.safetensors", top=2)
 
 
 def model_of_heads(model_of):
