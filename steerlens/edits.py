@@ -55,6 +55,13 @@ class OutsideSpan:
 
 
 @dataclass(frozen=True)
+class UntilSpan:
+    """Prompt tokens from the first to the end of the last range of a span group; none in a row without a range."""
+
+    group: str
+
+
+@dataclass(frozen=True)
 class Sinks:
     """Keys whose column mean over the prompt rows that see them exceeds a threshold; found per row and head.
 
@@ -70,7 +77,7 @@ class Sinks:
     running: bool = False
 
 
-Keys = FirstToken | PromptKeys | SpanKeys | OutsideSpan | Sinks
+Keys = FirstToken | PromptKeys | SpanKeys | OutsideSpan | UntilSpan | Sinks
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,12 @@ class MassLaw:
     Class attributes:
         raw: weights times factors, not renormalised: a row sums to 1 + Σ(m_g - 1)·ψ_g. Edits that follow see the
             renormalised weights, and the sum stays as a factor on the output.
-        across_heads: what a head gets depends on the masses of others, so all of them must be in one process.
+        pooled: what a head and row gets depends on the masses of others, so all heads must be in one process and the
+            prompt in one forward.
     """
 
     raw: ClassVar[bool] = False
-    across_heads: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
 
     def log_weights(self, mass: Tensor, row: Tensor, real: Tensor) -> Tensor:
         """Nats that the logits of each group are raised by, fp32 [B, h, Tq, G]; 0 leaves a group alone.

@@ -103,7 +103,7 @@ def _kind(item: Placed) -> Hashable:
     if isinstance(edit, Ablate):
         return edit.mode, edit.phase, item.prompt_rows
     if isinstance(edit, Redistribute):
-        alike = type(edit.law).select is MassLaw.select and not edit.law.across_heads
+        alike = type(edit.law).select is MassLaw.select and not edit.law.pooled
         heads = None if alike else edit.heads
         return edit.groups, edit.law, heads, edit.phase, edit.queries, id(item.spans), item.prompt_rows
     law, context = None, None
@@ -192,6 +192,12 @@ def _move(items: list[Placed], now: Pass, length: int, start: int, heads: int) -
     item, edit, prompt = items[0], items[0].edit, now.prompt
     assert isinstance(edit, Redistribute)
     groups, law = _groups(item, now, length, start), edit.law
+    if law.pooled and not now.whole_prompt and (now.q_offset < prompt.width or now.q_len > 1):
+        raise UnsupportedError(
+            f"{law} depends on all rows of the prompt, but this forward holds columns "
+            f"{now.q_offset}..{now.columns} with a prompt of {prompt.width}: prefill it in one forward (no "
+            "prefill_chunk_size, no reused prefix, no assisted decoding), or choose a law for single rows"
+        )
     # As a law with something for each head has them; those that merge do not.
     used = list(dict.fromkeys(head for one in items for head in one.edit.heads))
     own = _table(items, now, heads)[:, used, None] > 0

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from steerlens.edits import FirstToken, Keys, Phase, PromptKeys, Sinks, SpanKeys
+from steerlens.edits import FirstToken, Keys, Phase, PromptKeys, Sinks, SpanKeys, UntilSpan
 from steerlens.errors import SpanError
 from steerlens.spans import Spans
 
@@ -161,6 +161,9 @@ class Prompt:
         assert spans is not None and not isinstance(keys, Sinks)
         if isinstance(keys, PromptKeys):
             return in_prompt & (self.sections(spans, keys.group) >= keys.sections)[:, None]
+        if isinstance(keys, UntilSpan):
+            inside = self.span(spans, keys.group, None)
+            return in_prompt & (columns >= self.first[:, None]) & (inside.flip(1).long().cumsum(1).flip(1) > 0)
         inside = self.span(spans, keys.group, keys.section)
         if isinstance(keys, SpanKeys):
             return inside

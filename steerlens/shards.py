@@ -53,14 +53,14 @@ def local(placed: list[Placed], first: int, count: int) -> list[Placed]:
     """The edits, for query heads `first .. first + count` renumbered from 0; without those that name none of them.
 
     Raises:
-        UnsupportedError: for a law under which heads of several processes depend on each other.
+        UnsupportedError: for a law that pools the heads of a layer.
     """
     found = []
     for item in placed:
         edit = item.edit
         places = tuple(i for i, head in enumerate(edit.heads) if first <= head < first + count)
         if isinstance(edit, Redistribute):
-            if edit.law.across_heads:
+            if edit.law.pooled:
                 raise UnsupportedError(
                     f"{edit.law} needs the attention of all heads of a layer, and tensor parallelism splits them over "
                     "processes: choose a law for single heads, or load the model without tensor parallelism"

@@ -99,6 +99,22 @@ class Spans:
         ]
 
 
+def require(method: str, spans: Spans | None, *groups: str) -> Spans:
+    """The spans, which have these groups; raises `SpanError` naming the method and the group that is missing."""
+    for group in groups:
+        if spans is None or group not in spans.groups:
+            has = f"these spans have {', '.join(spans.groups) or 'none'}" if spans is not None else "there are no spans"
+            ranges = "a list of (start, stop) token ranges per row"
+            how = (
+                f"from steerlens.encode(…, emphasize=[…]) or {ranges}"
+                if group == "emphasis"
+                else f"{{{group!r}: {ranges}}}"
+            )
+            raise SpanError(f"{method} needs the span group {group!r}, and {has}: pass spans= {how}")
+    assert spans is not None
+    return spans
+
+
 def digests(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[str, ...]:
     """One digest per row over its token ids and its mask: `"<columns>:<hash>"`."""
     ids = input_ids.tolist()

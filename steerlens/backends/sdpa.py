@@ -465,19 +465,35 @@ class Gathered:
 
     Attributes:
         index: places on the key axis, int64 [B, n], or a range of them that all batch rows have.
-        seen: which rows see which of them, bool, or the caller's additive mask there, [B or 1, H or 1, Tq, n].
+        seen: which rows see which of them, bool, or the caller's additive mask there, [B or 1, H or 1, Tq, n]; `None`
+            where the keys are a range, and rows see those that are not behind them.
     """
 
     index: torch.Tensor | slice
-    seen: torch.Tensor
+    seen: torch.Tensor | None
 
     def attend(self, call: Call, inputs: Inputs, terms: list[Term]) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention to these keys alone, [B, h, Tq, Dv], and its log-sum-exp, fp32 [B, h, Tq]; no learned sinks."""
-        key, value = self.of(inputs.key), self.of(inputs.value)
-        few = Call(inputs.query, key, value, self.seen, call.scaling, None, 0, None, False)
+        own = Inputs(inputs.query, self.of(inputs.key), self.of(inputs.value), heads=inputs.heads)
         terms = [Term(t.weights, self.of(t.keys[..., None])[..., 0]) for t in terms]
-        output, lse = _run(few, Inputs(inputs.query, key, value, heads=inputs.heads), terms, want_lse=True)
-        assert lse is not None
+        if self.seen is not None:
+            few = Call(own.query, own.key, own.value, self.seen, call.scaling, None, 0, None, False)
+            output, lse = _run(few, own, terms, want_lse=True)
+            assert lse is not None
+            return output, lse
+        assert isinstance(self.index, slice)
+        # No row before the range sees any of it, and rows behind it see all: no mask, and a causal square between them.
+        first, last = (
+            min(max(column - call.offset, 0), own.query.shape[2]) for column in (self.index.start, self.index.stop)
+        )
+        output = own.query.new_empty(*own.query.shape[:3], own.value.shape[3])
+        output[:, :, :first] = 0
+        lse = torch.full(own.query.shape[:3], -torch.inf, dtype=torch.float32, device=output.device)
+        for rows, causal in ((slice(first, last), True), (slice(last, None), False)):
+            query = own.query[:, :, rows]
+            if query.shape[2]:
+                here = [Term(t.weights if t.weights.shape[-1] == 1 else t.weights[..., rows], t.keys) for t in terms]
+                output[:, :, rows], lse[:, :, rows] = _unmasked(query, own.key, own.value, here, call.scaling, causal)
         return output, lse
 
     def of(self, table: torch.Tensor) -> torch.Tensor:
@@ -486,6 +502,20 @@ class Gathered:
             return table[:, :, self.index]
         index = self.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
         return table.expand(len(self.index), -1, -1, -1).gather(2, index)
+
+
+def _unmasked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: list[Term], scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to all keys, or causally to as many as there are rows, and its log-sum-exp."""
+    width = value.shape[-1]
+    if terms or query.shape[-1] != width:
+        query, key = with_terms(query, key, terms, scaling, width)
+        value = F.pad(value, (0, query.shape[-1] - width))
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=None, scale=scaling
+    )
+    return output[..., :width], lse
 
 
 def _gathered(call: Call, edit: MoveMass) -> list[Gathered] | None:
@@ -503,10 +533,12 @@ def _gathered(call: Call, edit: MoveMass) -> list[Gathered] | None:
 def _gather(call: Call, keys: torch.Tensor) -> list[Gathered] | None:
     _, H, Tq, D = call.query.shape
     counts = keys.sum(-1).amax(0).tolist()
-    few = len(counts) == 1 and counts[0] * 4 <= keys.shape[-1] and counts[0] * len(keys) * 4 <= len(call.query) * H * D
+    few = len(counts) == 1 and counts[0] * 4 <= keys.shape[-1]
     if Tq > FEW_ROWS and not few:
         return None
-    return [_gather_group(call, group, max(count, 1)) for group, count in zip(keys.unbind(1), counts, strict=True)]
+    found = [_gather_group(call, group, max(count, 1)) for group, count in zip(keys.unbind(1), counts, strict=True)]
+    within = Tq <= FEW_ROWS or found[0].seen is None or counts[0] * 4 <= H * D
+    return found if within else None
 
 
 def _gather_group(call: Call, keys: torch.Tensor, count: int) -> Gathered:
@@ -514,20 +546,22 @@ def _gather_group(call: Call, keys: torch.Tensor, count: int) -> Gathered:
     meant = keys.gather(1, index)
     if call.real is not None:
         meant = meant & call.real.expand(len(keys), -1).gather(1, index)
+    start, stop = int(index[0, 0]), int(index[0, 0]) + count
+    together = bool((index == torch.arange(start, start + count, device=index.device)).all())
+    where = slice(start, stop) if together else index
+    if together and call.plain and (call.offset <= start or call.offset >= stop) and bool(meant.all()):
+        return Gathered(where, None)
     shown = meant[:, None, None]
     if call.mask is None:
         rows = torch.arange(call.query.shape[2], device=keys.device) + call.offset
         ahead = rows[:, None] - index[:, None, None]
         seen = shown & (ahead >= 0)
-        seen = seen if call.window is None else seen & (ahead < call.window)
-    else:
-        mask = call.mask.expand(len(keys), -1, -1, -1)
-        there = mask.gather(3, index[:, None, None].expand(-1, *mask.shape[1:3], -1))
-        hidden = torch.finfo(there.dtype).min / 2 if there.is_floating_point() else False
-        seen = there.masked_fill(~shown, hidden) if there.is_floating_point() else there & shown
-    start = int(index[0, 0])
-    together = bool((index == torch.arange(start, start + count, device=index.device)).all())
-    return Gathered(slice(start, start + count) if together else index, seen)
+        return Gathered(where, seen if call.window is None else seen & (ahead < call.window))
+    mask = call.mask.expand(len(keys), -1, -1, -1)
+    there = mask.gather(3, index[:, None, None].expand(-1, *mask.shape[1:3], -1))
+    if there.is_floating_point():
+        return Gathered(where, there.masked_fill(~shown, torch.finfo(there.dtype).min / 2))
+    return Gathered(where, there & shown)
 
 
 def _log_rest(call: Call, inputs: Inputs, chosen: Selection, terms: list[Term], keys: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from steerlens.fitting.anchors import anchor_reweighting
 from steerlens.fitting.baking import bake, output_bias
 from steerlens.fitting.focus import focus_directions
 from steerlens.fitting.keys import seka
 from steerlens.fitting.probes import iti, nl_iti
 
-__all__ = ["bake", "focus_directions", "iti", "nl_iti", "output_bias", "seka"]
+__all__ = ["anchor_reweighting", "bake", "focus_directions", "iti", "nl_iti", "output_bias", "seka"]
