@@ -103,12 +103,12 @@ class Steering:
     def _place(self, facts: Any) -> None:
         same: dict[Any, tuple[int, int]] = {}
         for number, method in enumerate(self.methods):
-            if not isinstance(method, EditMethod):
-                continue
             if self.spans is None and method.needs:
                 raise SpanError(
                     f"{method.name} needs spans for {', '.join(method.needs)}: pass spans= from steerlens.encode"
                 )
+            if not isinstance(method, EditMethod):
+                continue
             plan: Plan = method.plan(facts, self.spans)
             for layer, edits in plan.items():
                 for place, edit in enumerate(edits):

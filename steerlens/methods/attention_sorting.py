@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from steerlens.errors import MethodError, SpanError, UnsupportedError
@@ -178,7 +179,7 @@ def _documents(spans: Spans, ids: torch.Tensor, mask: torch.Tensor | None) -> li
             )
         if kept[-1][1] > ids.shape[1]:
             raise SpanError(f"attention_sorting: row {row}: document {kept[-1]} ends after the {ids.shape[1]} columns")
-        for one, other in zip(kept, kept[1:], strict=False):
+        for one, other in pairwise(kept):
             if one[1] > other[0]:
                 raise SpanError(f"attention_sorting: row {row}: the documents {one} and {other} overlap")
         found.append(kept)
