@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import torch
 
-from steerlens import backends, decoder
+from steerlens import around, backends, decoder
 from steerlens.backends import fused, reference, sdpa
 from steerlens.backends.call import Bias, Call, Cut
-from steerlens.edits import Plan, Reweight
+from steerlens.edits import Around, Plan, Redistribute, Reweight
 from steerlens.engine import Engine
 from steerlens.errors import MethodError, SpanError, SteeringStateError
 from steerlens.lower import Placed
@@ -91,17 +91,19 @@ class Steering:
         self.prompt_rows = self._count_rows()
         self.plan: dict[int, Any] = {}
         self.placed: dict[int, list[Placed]] = {}
+        self.around: dict[int, list[around.Placed]] = {}
         self._place(facts)
 
     def respan(self, spans: Spans | None) -> None:
         """Plan again for other spans, as a `PromptMethod` gives."""
         if spans is not self.spans:
-            self.spans, self.placed = spans, {}
+            self.spans, self.placed, self.around = spans, {}, {}
             self._place(self._engine.facts)
             self._engine.update()
 
     def _place(self, facts: Any) -> None:
         same: dict[Any, tuple[int, int]] = {}
+        planned: dict[int, tuple[Any, ...]] = {}
         for number, method in enumerate(self.methods):
             if self.spans is None and method.needs:
                 raise SpanError(
@@ -111,13 +113,17 @@ class Steering:
                 continue
             plan: Plan = method.plan(facts, self.spans)
             for layer, edits in plan.items():
+                planned[layer] = planned.get(layer, ()) + tuple(edits)
                 for place, edit in enumerate(edits):
+                    if isinstance(edit, Around):
+                        self.around.setdefault(layer, []).append(around.Placed(edit, self.spans, self.prompt_rows))
+                        continue
                     key = (id(self), layer, number, place)
                     token = same.setdefault(edit, (id(self), len(same)))
                     self.placed.setdefault(layer, []).append(
                         Placed(edit, self.spans, key, self.prompt_rows, token, id(self))
                     )
-        self.plan = {layer: tuple(p.edit for p in items) for layer, items in sorted(self.placed.items())}
+        self.plan = dict(sorted(planned.items()))
 
     def _count_rows(self) -> int | None:
         counts = {len(m.methods) for m in self.methods if isinstance(m, PerRow)}
@@ -203,7 +209,7 @@ class Steering:
 
     def observe(self, layer: int, call: Call, now: Pass) -> None:
         """Accumulate the change of mass of one attention call, on the device and without synchronising."""
-        if not any(isinstance(p.edit, Reweight) for p in self.placed.get(layer, ())):
+        if not any(isinstance(p.edit, (Reweight, Redistribute)) for p in self.placed.get(layer, ())):
             return
         budget = sdpa.budget(call)
         edits = reference.resolve(call, budget)
@@ -219,7 +225,7 @@ class Steering:
         total, count = self._mass.get(layer, nothing)
         here = torch.zeros_like(total)
         real = now.real_rows()
-        cut = any(isinstance(edit, Cut) for edit in edits)
+        cut = any(isinstance(edit, (Cut, reference.Gain)) for edit in edits)
         fast = fused.moved(call, edited) if self._engine.backend == "triton" and not cut else None
         for rows in reference.blocks(call, budget):
             if fast is None:

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steerlens.vectors import HeadVectors
+
+HIDE = -1000.0
+"""Nats that leave nothing of a key beside any other; a row whose every visible key is hidden stays as it is."""
 
 Phase = Literal["all", "prefill", "decode", "prompt"]
 """`all` rows; `decode` rows; `prefill`: those before the decode rows; `prompt`: every prompt row."""
@@ -89,6 +97,7 @@ class Reweight:
     Attributes:
         heads: query heads of the layer.
         batch: prompt rows it applies to; `None` for all.
+        queries: only the query rows that are these prompt tokens; `None` for all rows of the phase.
     """
 
     heads: tuple[int, ...]
@@ -96,6 +105,58 @@ class Reweight:
     law: Law
     phase: Phase = "all"
     batch: tuple[int, ...] | None = None
+    queries: Keys | None = None
+
+
+class MassLaw:
+    """What the weights of a few groups of keys are multiplied by, given the attention mass that each of them holds.
+
+    A law is a frozen dataclass, equal to laws that do the same.
+
+    Class attributes:
+        raw: weights times factors, not renormalised: a row sums to 1 + Σ(m_g - 1)·ψ_g. Edits that follow see the
+            renormalised weights, and the sum stays as a factor on the output.
+        across_heads: what a head gets depends on the masses of others, so all of them must be in one process.
+    """
+
+    raw: ClassVar[bool] = False
+    across_heads: ClassVar[bool] = False
+
+    def log_weights(self, mass: Tensor, row: Tensor, real: Tensor) -> Tensor:
+        """Nats that the logits of each group are raised by, fp32 [B, h, Tq, G]; 0 leaves a group alone.
+
+        What it gives for a group that holds no mass in a row is not used.
+
+        Args:
+            mass: of G disjoint groups, fp32 [B, h, Tq, G]; 0 where a row sees none of it.
+            row: prompt row of each batch row, int64 [B].
+            real: query rows that are tokens, bool [B, Tq].
+        """
+        raise NotImplementedError
+
+    def select(self, places: tuple[int, ...]) -> MassLaw:
+        """The law for these of the edit's heads alone, by their place among them."""
+        return self
+
+
+@dataclass(frozen=True)
+class Redistribute:
+    """Move mass by what groups of keys hold, row by row and head by head.
+
+    Attributes:
+        heads: query heads of the layer.
+        groups: keys of each group; a key of two of them belongs to the first.
+        law: from the groups' masses to factors on their weights.
+        batch: prompt rows it applies to; `None` for all.
+        queries: only the query rows that are these prompt tokens; `None` for all rows of the phase.
+    """
+
+    heads: tuple[int, ...]
+    groups: tuple[Keys, ...]
+    law: MassLaw
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+    queries: Keys | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +169,32 @@ class Ablate:
     batch: tuple[int, ...] | None = None
 
 
-Edit = Reweight | Ablate
-Plan = Mapping[int, tuple[Edit, ...]]
+Edit = Reweight | Redistribute | Ablate
+
+
+@dataclass(frozen=True)
+class ShiftQuery:
+    """q' = q + `scale`·vector in each of `heads`, after the position encoding; all that follows sees q'."""
+
+    heads: tuple[int, ...]
+    vectors: HeadVectors
+    scale: float
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AddOutput:
+    """o' = o + `scale`·vector in each of `heads`, where the output projection reads it: after every other edit."""
+
+    heads: tuple[int, ...]
+    vectors: HeadVectors
+    scale: float
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput
+"""Edits of what goes into an attention call and comes out of it: no backend knows them."""
+Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

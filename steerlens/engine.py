@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import backends, caches, decoder, masks, selfcheck
+from steerlens import around, backends, caches, decoder, masks, selfcheck
 from steerlens.backends.call import Call
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
@@ -78,7 +78,8 @@ class Site(Guarded):
 
     Attributes:
         config: the module's own config, put back on release.
-        placed: the layer's edits, over all contexts.
+        placed: the layer's edits of attention, over all contexts.
+        around: its edits before and after the attention call.
         calls: attention calls so far; `rows`: query rows of all batch rows; `reached`: called since the last start.
     """
 
@@ -86,6 +87,8 @@ class Site(Guarded):
         self.engine, self.layer, self.module = engine, layer, module
         self.config: Any = module.config
         self.placed: list[Placed] = []
+        self.around: list[around.Placed] = []
+        self.outlet = around.Outlet(module, layer, engine.facts)
         self.calls = self.rows = 0
         self.reached = True
 
@@ -100,6 +103,7 @@ class Site(Guarded):
         """Give the module its own config back."""
         self.module.config = self.config
         self.module.__dict__.pop("_steerlens", None)
+        self.outlet.release()
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
@@ -178,6 +182,7 @@ class Engine(Guarded):
             self.sites[layer].route()
         for layer, site in self.sites.items():
             site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
+            site.around = [item for context in self.contexts for item in context.around.get(layer, ())]
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
         models = {id(user.model): user.model for user in self.users}
@@ -386,6 +391,8 @@ class Engine(Guarded):
         site.calls += 1
         site.rows += query.shape[0] * query.shape[2]
         site.reached = True
+        if site.around:
+            query = around.shift(query, site.around, now, first, f"layer {site.layer} of {self.facts.name}")
         call = self._call(site, now, query, key, value, mask, scaling, extra)
         call.first = first
         # diffllama attends twice in a layer, to each half of its values by the same weights.
@@ -407,6 +414,8 @@ class Engine(Guarded):
 
                 matrix = reference.weights(call, reference.resolve(call), slice(0, query.shape[2])).to(query.dtype)
             output = output.transpose(1, 2).contiguous()
+        if site.around:
+            output = around.add(output, site.around, now, first, site.outlet)
         if self.witness is not None:
             native = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
             self.witness(site, output, native[0], now.real_rows())

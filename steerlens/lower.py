@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from steerlens.backends.call import Bias, Cut, Few, KeepMass, Lowered, Sums
-from steerlens.edits import Ablate, Edit, Keep, Reweight, Scale, Sinks
+from steerlens.backends.call import Bias, Cut, Few, KeepMass, Lowered, MoveMass, Sums
+from steerlens.edits import HIDE, Ablate, Edit, Keep, Keys, MassLaw, Phase, Redistribute, Reweight, Scale, Sinks
 from steerlens.errors import UnsupportedError
 from steerlens.passes import Pass, SinkState, fit
 from steerlens.spans import Spans
@@ -58,6 +58,9 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool =
         if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
             moves.append(_keep(items, now, length, start, heads, again))
             continue
+        if isinstance(edit, Redistribute):
+            moves.append(_move(items, now, length, start, heads))
+            continue
         # Layers with the same edit share its tensors.
         key = (*[item.key if item.same is None else item.same for item in items], length, start, heads)
         lowered = now.memo.get(key)
@@ -83,7 +86,7 @@ def _alike(placed: list[Placed]) -> list[list[Placed]]:
             if not cuts or _kind(cuts[-1]) != kind:
                 found.append(cuts := [])
             cuts.append(item)
-        elif isinstance(edit.law, Scale):
+        elif isinstance(edit, Reweight) and isinstance(edit.law, Scale):
             if (group := biases.get(kind)) is None:
                 found.append(group := biases.setdefault(kind, []))
             group.append(item)
@@ -99,11 +102,15 @@ def _kind(item: Placed) -> Hashable:
     edit = item.edit
     if isinstance(edit, Ablate):
         return edit.mode, edit.phase, item.prompt_rows
+    if isinstance(edit, Redistribute):
+        alike = type(edit.law).select is MassLaw.select and not edit.law.across_heads
+        heads = None if alike else edit.heads
+        return edit.groups, edit.law, heads, edit.phase, edit.queries, id(item.spans), item.prompt_rows
     law, context = None, None
     if not isinstance(edit.law, Scale):
         # what is found in a prompt outlives the forward, and contexts come and go one by one
         law, context = edit.law, item.context
-    return edit.keys, law, edit.phase, id(item.spans), item.prompt_rows, context
+    return edit.keys, law, edit.phase, edit.queries, id(item.spans), item.prompt_rows, context
 
 
 def _apart(items: list[Placed]) -> bool:
@@ -151,11 +158,20 @@ def _tensor(entries: tuple[Any, ...], rows: int, heads: int, device: torch.devic
         return torch.tensor(table).to(device)
 
 
-def _keys(item: Placed, edit: Reweight, now: Pass, length: int, start: int) -> torch.Tensor:
-    key = (edit.keys, id(item.spans), length, start)
+def _keys(item: Placed, keys: Keys, now: Pass, length: int, start: int) -> torch.Tensor:
+    key = (keys, id(item.spans), length, start)
     if key not in now.memo:
-        now.memo[key] = fit(now.key_columns(edit.keys, item.spans), length, start)
+        now.memo[key] = fit(now.key_columns(keys, item.spans), length, start)
     return now.memo[key]  # type: ignore[return-value]
+
+
+def _rows(item: Placed, phase: Phase, queries: Keys | None, now: Pass) -> torch.Tensor | None:
+    """Query rows of a phase that are the tokens `queries`, bool [B, Tq]; `None` for all."""
+    rows = now.rows(phase)
+    if queries is None:
+        return rows
+    chosen = now.key_columns(queries, item.spans)[:, now.q_offset : now.columns]
+    return chosen if rows is None else rows & chosen
 
 
 def _cut(items: list[Placed], now: Pass, heads: int) -> Cut:
@@ -168,8 +184,40 @@ def _cut(items: list[Placed], now: Pass, heads: int) -> Cut:
 def _bias(items: list[Placed], now: Pass, length: int, start: int, heads: int) -> Bias:
     edit = items[0].edit
     assert isinstance(edit, Reweight)
-    weights, rows = _table(items, now, heads)[..., None], now.rows(edit.phase)
-    return Bias(weights if rows is None else weights * rows[:, None], _keys(items[0], edit, now, length, start))
+    weights, rows = _table(items, now, heads)[..., None], _rows(items[0], edit.phase, edit.queries, now)
+    return Bias(weights if rows is None else weights * rows[:, None], _keys(items[0], edit.keys, now, length, start))
+
+
+def _move(items: list[Placed], now: Pass, length: int, start: int, heads: int) -> MoveMass:
+    item, edit, prompt = items[0], items[0].edit, now.prompt
+    assert isinstance(edit, Redistribute)
+    groups, law = _groups(item, now, length, start), edit.law
+    # As a law with something for each head has them; those that merge do not.
+    used = list(dict.fromkeys(head for one in items for head in one.edit.heads))
+    own = _table(items, now, heads)[:, used, None] > 0
+    if (rows := _rows(item, edit.phase, edit.queries, now)) is not None:
+        own = own & rows[:, None]
+    origin = prompt.expand(torch.arange(item.prompt_rows or prompt.started))
+    real = now.real_rows()
+
+    def weigh(mass: torch.Tensor) -> torch.Tensor:
+        tokens = mass.new_ones(mass.shape[0], mass.shape[2], dtype=torch.bool) if real is None else real
+        # What a law gives where nothing is seen may be inf or NaN, and would reach its gradient.
+        some = mass > 0
+        found = law.log_weights(torch.where(some, mass, 0), origin, tokens)
+        return torch.where(own[..., None] & some, found.clamp(min=HIDE), 0)
+
+    return MoveMass(used, groups, weigh, law.raw)
+
+
+def _groups(item: Placed, now: Pass, length: int, start: int) -> torch.Tensor:
+    """The disjoint keys of an edit's groups, bool [B, n, Tk]."""
+    assert isinstance(item.edit, Redistribute)
+    key = (item.edit.groups, id(item.spans), length, start)
+    if key not in now.memo:
+        keys = torch.stack([_keys(item, each, now, length, start) for each in item.edit.groups], 1)
+        now.memo[key] = keys & (keys.long().cumsum(1) == 1)
+    return now.memo[key]  # type: ignore[return-value]
 
 
 def _keep(items: list[Placed], now: Pass, length: int, start: int, heads: int, again: bool) -> KeepMass:
@@ -185,7 +233,7 @@ def _keep(items: list[Placed], now: Pass, length: int, start: int, heads: int, a
             if isinstance(keys, Sinks):
                 columns = _sinks(item, keys, now, length, start, sums, again)
             else:
-                columns = _keys(item, edit, now, length, start)[:, None].expand(-1, len(used), -1)
+                columns = _keys(item, edit.keys, now, length, start)[:, None].expand(-1, len(used), -1)
             found.append(columns if own is None else columns & own[..., None])
         return found[0]
 
@@ -201,7 +249,7 @@ def _keep(items: list[Placed], now: Pass, length: int, start: int, heads: int, a
             columns, meant = (columns - start).clamp(min=0), meant & (columns >= start)
         return Few(columns, meant, state.kept)
 
-    return KeepMass(used, law.fraction, find, now.rows(edit.phase), few)
+    return KeepMass(used, law.fraction, find, _rows(item, edit.phase, edit.queries, now), few)
 
 
 def _sinks(item: Placed, rule: Sinks, now: Pass, length: int, start: int, sums: Sums, again: bool) -> torch.Tensor:

@@ -26,6 +26,7 @@ class Form:
         norm: the decoder layer's norm before its MLP, if it has one.
         mlp: the decoder layer's modules that are the MLP, in order.
         indirect: why values and output are not linear in the layer's input, if they are not.
+        gated: whether a gate lies between the heads' outputs and their projection.
     """
 
     value: str = "v_proj"
@@ -34,6 +35,7 @@ class Form:
     norm: str | None = "post_attention_layernorm"
     mlp: tuple[str, ...] = ("mlp",)
     indirect: str | None = None
+    gated: bool = False
 
 
 FORMS: dict[str, Form] = {
@@ -65,7 +67,7 @@ FORMS: dict[str, Form] = {
     "gpt2": Form(value="c_attn", output="c_proj", layout="after", norm="ln_2"),
     "gpt_neox": Form(value="query_key_value", output="dense", layout="per_head"),
     "deepseek_v3": Form(indirect="its values come through a norm in a low-rank bottleneck"),
-    "qwen3_next": Form(indirect="a gate lies between its heads and their projection"),
+    "qwen3_next": Form(indirect="a gate lies between its heads and their projection", gated=True),
 }
 """By `model_type`; tests compare each with what its attention modules compute."""
 
@@ -119,6 +121,10 @@ class Projections:
         weight = self._weight(layer, self.form.output)
         width = weight.shape[0] // self.facts.heads[layer]
         return weight[head * width : (head + 1) * width]
+
+    def projection(self, layer: int) -> Any:
+        """The module that projects a layer's head outputs."""
+        return getattr(self._modules[layer], self.form.output)
 
     def mlp(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The first layer's MLP behind its norm, [N, hidden] -> [N, hidden]."""

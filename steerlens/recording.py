@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steerlens import decoder
 from steerlens.backends import fused, reference, sdpa
-from steerlens.backends.call import Call, Cut
+from steerlens.backends.call import Call, Cut, MoveMass
 from steerlens.captured import KNOWN, PADDING, STATS, Captured, LayerRecord
 from steerlens.edits import FirstToken, SpanKeys
 from steerlens.errors import SpanError, SteeringStateError, UnsupportedError, nearest
@@ -170,7 +170,7 @@ class Record(Captured, Observer):
         heads, (length, start) = [h - call.first for h in record.heads], keys
         groups = self._group_keys(now, length, start)
         first = self._first(now)
-        cut = any(isinstance(edit, Cut) for edit in call.edits)
+        cut = any(isinstance(edit, Cut) or (isinstance(edit, MoveMass) and edit.raw) for edit in call.edits)
         if self._engine.backend == "triton" and self.rows == "all" and not cut:
             found = fused.statistics(call, heads, groups, real, self._attention)
         else:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from steerlens.edits import Redistribute
 from steerlens.errors import UnsupportedError
 from steerlens.lower import Placed
 
@@ -49,13 +50,26 @@ def first_head(module: Any, where: str, heads: int, kv_heads: int, query: torch.
 
 
 def local(placed: list[Placed], first: int, count: int) -> list[Placed]:
-    """The edits, for query heads `first .. first + count` renumbered from 0; without those that name none of them."""
+    """The edits, for query heads `first .. first + count` renumbered from 0; without those that name none of them.
+
+    Raises:
+        UnsupportedError: for a law under which heads of several processes depend on each other.
+    """
     found = []
     for item in placed:
-        heads = tuple(h - first for h in item.edit.heads if first <= h < first + count)
-        if heads:
+        edit = item.edit
+        places = tuple(i for i, head in enumerate(edit.heads) if first <= head < first + count)
+        if isinstance(edit, Redistribute):
+            if edit.law.across_heads:
+                raise UnsupportedError(
+                    f"{edit.law} needs the attention of all heads of a layer, and tensor parallelism splits them over "
+                    "processes: choose a law for single heads, or load the model without tensor parallelism"
+                )
+            edit = replace(edit, law=edit.law.select(places))
+        if places:
             same = None if item.same is None else (item.same, first, count)
-            found.append(replace(item, edit=replace(item.edit, heads=heads), same=same))
+            heads = tuple(item.edit.heads[place] - first for place in places)
+            found.append(replace(item, edit=replace(edit, heads=heads), same=same))
     return found
 
 

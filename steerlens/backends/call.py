@@ -58,6 +58,33 @@ class KeepMass:
 
 
 @dataclass
+class MoveMass:
+    """Multiplies the weights of groups of keys by what depends on the masses they hold, for the query heads `heads`.
+
+    Attributes:
+        keys: of each group, disjoint, bool [B, n, Tk].
+        weigh: nats for each group, fp32 [B, h, Tq, n], from their masses, fp32 [B, h, Tq, n].
+        raw: the weights are not renormalised.
+    """
+
+    heads: list[int]
+    keys: torch.Tensor
+    weigh: Callable[[torch.Tensor], torch.Tensor]
+    raw: bool = False
+
+    def gain(self, mass: torch.Tensor, weights: torch.Tensor, heads: int) -> torch.Tensor:
+        """What rows sum to after a raw law, 1 + Σ(m_g - 1)·ψ_g, as a table of all heads, fp32 [B, H, Tq]."""
+        return self.spread((mass * weights.expm1()).sum(-1), heads) + 1
+
+    def spread(self, values: torch.Tensor, heads: int) -> torch.Tensor:
+        """`values` [B, h, ...] of the edit's heads as a table of all, [B, H, ...], 0 elsewhere."""
+        if self.heads == list(range(heads)):
+            return values
+        table = values.new_zeros(values.shape[0], heads, *values.shape[2:])
+        return table.index_copy(1, torch.tensor(self.heads, device=values.device), values)
+
+
+@dataclass
 class Cut:
     """Replaces head outputs by the mean of V over the visible keys (`uniform`) or by zeros.
 
@@ -76,7 +103,7 @@ def unhidden(mask: torch.Tensor) -> torch.Tensor:
 
 FEW_ROWS = 16
 """Up to so many query rows a backend takes the simplest way."""
-Lowered = Bias | KeepMass | Cut
+Lowered = Bias | KeepMass | MoveMass | Cut
 Sums = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Given the query rows to count, bool [B, Tq]: the attention of each of the edit's heads summed over them, fp32
 [B, h, Tk], as it stands before the edit; and how many of them see each key, fp32 [B, 1 or h, Tk]."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from steerlens.backends.call import Bias, Call, Cut, KeepMass, Sums
+from steerlens.backends.call import Bias, Call, Cut, KeepMass, MoveMass, Sums
 from steerlens.errors import SteerlensError, UnsupportedError
 
 TERMS = (0, 1, 2, 3, 4, 8, 16, 28)
@@ -42,7 +42,7 @@ def statistics(
     """Statistics of the weights of `heads` after the edits, as `steerlens.capture` records them.
 
     Args:
-        call: a call without ablations.
+        call: a call without ablations and raw laws.
         heads: query heads, h of them.
         groups: keys of the groups whose mass is wanted, bool [B, G, Tk].
         counted: which rows count for column sums, bool [B, Tq].
@@ -84,10 +84,15 @@ def _attention(call: Call) -> torch.Tensor:
     cuts = [edit for edit in call.edits if isinstance(edit, Cut)]
     moves = [edit for edit in call.edits if not isinstance(edit, Cut)]
     terms: Terms = []
+    gains: list[torch.Tensor] = []
     law = marked = None
     for number, edit in enumerate(moves):
         if isinstance(edit, Bias):
             terms.append((edit.weights, edit.keys[:, None]))
+        elif isinstance(edit, MoveMass):
+            more, gain = _as_terms(call, edit, terms)
+            terms += more
+            gains += [] if gain is None else [gain]
         elif number < len(moves) - 1:
             terms.append(_as_term(call, edit, terms))
         else:
@@ -101,8 +106,13 @@ def _attention(call: Call) -> torch.Tensor:
     found = kernel(
         call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, law=law, cut=_cut(call, cuts)
     )
-    assert found.output is not None
-    return found.output
+    output = found.output
+    assert output is not None
+    for gain in gains:
+        for cut in cuts:
+            gain = gain.masked_fill(cut.outputs, 1)
+        output = (output * gain[..., None]).to(output.dtype)
+    return output
 
 
 def _statistics(
@@ -149,7 +159,10 @@ def _all_terms(call: Call) -> Terms:
     terms: Terms = []
     for edit in call.edits:
         assert not isinstance(edit, Cut)
-        terms.append((edit.weights, edit.keys[:, None]) if isinstance(edit, Bias) else _as_term(call, edit, terms))
+        if isinstance(edit, MoveMass):
+            terms += _as_terms(call, edit, terms)[0]
+        else:
+            terms.append((edit.weights, edit.keys[:, None]) if isinstance(edit, Bias) else _as_term(call, edit, terms))
     return terms
 
 
@@ -299,6 +312,16 @@ def _as_term(call: Call, edit: KeepMass, terms: Terms) -> tuple[torch.Tensor, to
     change = torch.where(applies, change, 0)
     weights = change.new_zeros(change.shape[0], call.query.shape[1], change.shape[2])
     return weights.index_copy(1, torch.tensor(edit.heads, device=change.device), change), spread
+
+
+def _as_terms(call: Call, edit: MoveMass, terms: Terms) -> tuple[Terms, torch.Tensor | None]:
+    """The law as a row-dependent bias for each group, from a pass for their masses; and the gain of a raw law."""
+    groups, heads = [keys[:, None] for keys in edit.keys.unbind(1)], call.query.shape[1]
+    mass = _measure(call, edit.heads, terms, groups, ["mass"]).mass[..., len(terms) :][..., : len(groups)]
+    weights = edit.weigh(mass)
+    table = edit.spread(weights, heads)
+    found = [(table[..., number], keys) for number, keys in enumerate(groups)]
+    return found, edit.gain(mass, weights, heads) if edit.raw else None
 
 
 def _spread(call: Call, heads: list[int], keys: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from steerlens.backends.call import Bias, Call, Cut, KeepMass, Lowered, Sums
+from steerlens.backends.call import Bias, Call, Cut, KeepMass, Lowered, MoveMass, Sums
 
 
 def attention(call: Call, budget: int | None = None) -> torch.Tensor:
@@ -33,7 +33,7 @@ def attention(call: Call, budget: int | None = None) -> torch.Tensor:
 def weights(call: Call, edits: list[Resolved], rows: slice, heads: list[int] | None = None) -> torch.Tensor:
     """Attention weights of a block of query rows after `edits`, fp32 (fp64 for fp64 inputs) [B, h, r, Tk].
 
-    With learned sinks a row sums to 1 less what its head's sink takes.
+    With learned sinks a row sums to 1 less what its head's sink takes; after a raw law, to its gain.
 
     Args:
         call: the call.
@@ -62,6 +62,9 @@ def weights_and_lse(
         elif isinstance(edit, Kept):
             x = _keep(x, edit, rows, wanted, more)
     a = x.exp() * seen
+    for edit in edits:
+        if isinstance(edit, Gain):
+            a = a * edit.factor[:, wanted, rows, None]
     for edit in edits:
         if isinstance(edit, Cut):
             visible = F.pad(call.visible(rows), (0, more)).to(a.dtype)
@@ -104,18 +107,46 @@ class Kept:
         self.edit, self.keys = edit, keys
 
 
-Resolved = Lowered | Kept
+class Gain:
+    """A factor on the weights of a row, fp32 [B, H, Tq]."""
+
+    def __init__(self, factor: torch.Tensor) -> None:
+        self.factor = factor
+
+
+Resolved = Lowered | Kept | Gain
 
 
 def resolve(call: Call, budget: int | None = None, edits: list[Lowered] | None = None) -> list[Resolved]:
-    """The edits with the keys of each `KeepMass` found, each from the weights that the edits before it leave."""
+    """The edits with what they find in the weights that the edits before them leave.
+
+    A `KeepMass` has its keys, a `MoveMass` becomes a bias for each of its groups.
+    """
     resolved: list[Resolved] = []
     for edit in call.edits if edits is None else edits:
         if isinstance(edit, KeepMass):
             resolved.append(Kept(edit, edit.find(summer(call, list(resolved), edit.heads, budget))))
+        elif isinstance(edit, MoveMass):
+            mass = masses(call, resolved, edit, budget)
+            weights, heads = edit.weigh(mass), call.query.shape[1]
+            table = edit.spread(weights, heads)
+            resolved += [Bias(table[..., g], edit.keys[:, g]) for g in range(table.shape[-1])]
+            if edit.raw:
+                resolved.append(Gain(edit.gain(mass, weights, heads)))
         else:
             resolved.append(edit)
     return resolved
+
+
+def masses(call: Call, edits: list[Resolved], edit: MoveMass, budget: int | None = None) -> torch.Tensor:
+    """What the groups of `edit` hold after `edits`, fp32 [B, h, Tq, n]; a raw law's gain left out."""
+    edits = [other for other in edits if not isinstance(other, Gain)]
+    keys = edit.keys.mT[:, None]
+    found = []
+    for rows in blocks(call, budget, len(edit.heads)):
+        a = weights(call, edits, rows, edit.heads)
+        found.append(a @ keys.to(a.dtype))
+    return torch.cat(found, 2)
 
 
 def summer(call: Call, edits: list[Resolved], heads: list[int], budget: int | None = None) -> Sums:

@@ -7,6 +7,10 @@ query rows (decode) take an additive [B, H, Tq, Tk] term instead, since channels
 ψ' = βψ (`KeepMass`) is a mix of two attentions: o' = β·o + (1-β)·o_N, with o_N the attention outside the set. Row by
 row this needs no ψ, and nothing cancels as ψ → 1.
 
+Weights that depend on masses (`MoveMass`) take the log-sum-exp of the few keys of a group beside that of all keys, and
+mix the two outputs: o' = (o + Σ_g (w_g-1)·ψ_g·o_g) / (1 + Σ_g (w_g-1)·ψ_g). Where that would cancel, where the keys are
+many or gradients are needed, masses come out of indicators in place of V, and the weights become biases.
+
 Column sums come from the same kernel, transposed: Σ_i exp(x_ij - LSE_i) is the exponential of the log-sum-exp that
 key j gets as a *query* over the query rows as *keys*, with -LSE_i as a bias; reversing both orders keeps it causal.
 
@@ -24,12 +28,11 @@ import torch
 import torch.nn.functional as F
 
 from steerlens.backends import reference
-from steerlens.backends.call import FEW_ROWS, Bias, Call, Cut, Few, KeepMass, Sums
+from steerlens.backends.call import FEW_ROWS, Bias, Call, Cut, Few, KeepMass, MoveMass, Sums
 from steerlens.backends.channels import Term, split, widen, with_terms
+from steerlens.edits import HIDE
 from steerlens.errors import UnsupportedError
 
-HIDE = -1000.0
-"""A bias (nats) that leaves nothing of a key beside any other; finite in every dtype."""
 _MOST = {torch.float64: 0.9, torch.float32: 0.9, torch.bfloat16: 0.5, torch.float16: 0.5}
 """ψ up to which o_N by subtraction keeps the digits of its dtype."""
 
@@ -80,18 +83,29 @@ def attention(call: Call) -> torch.Tensor:
                 sinks = None if sinks is None else torch.where(cut.outputs, HIDE, sinks)
     whole = Inputs(query, call.key, call.value, sinks)
     output: torch.Tensor | None = None
+    gains: list[torch.Tensor] = []
     for number, edit in enumerate(moves):
         if isinstance(edit, Bias):
             weights = edit.weights
             for cut in cuts if static else ():
                 weights = weights * ~cut.outputs
             terms.append(Term(weights, edit.keys[:, None], None if static and cuts else edit))
+        elif isinstance(edit, MoveMass):
+            mass = None
+            if _has_lse(call) and number == len(moves) - 1:
+                output, mass = _move(call, whole, terms, edit)
+            if output is None:
+                more, gain = _move_as_terms(call, whole, terms, edit, mass)
+                terms += more
+                gains += [] if gain is None else [gain]
         elif number == len(moves) - 1 and all(isinstance(m, Bias) for m in moves[:number]):
             output = _keep(call, whole, terms, edit)
         else:
             terms += _keep_as_bias(call, whole, terms, edit)
     if output is None:
         output = fused(call, whole, terms)
+    for gain in gains:
+        output = (output * gain[..., None]).to(output.dtype)
     for cut in cuts:
         if not cut.uniform:
             output = output * ~cut.outputs[..., None]
@@ -381,6 +395,139 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
             on[:, [h // groups for h in heads]] = keys[:, own]
             found.append(Term(weights, on))
     return found
+
+
+def _move(
+    call: Call, whole: Inputs, terms: list[Term], edit: MoveMass
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The output, from that of all keys and those of the groups' keys alone, and the masses.
+
+    The output is `None` where it would cancel; both are where the keys of the groups are too many.
+    """
+    groups = _gathered(call, edit)
+    if groups is None:
+        return None, None
+    chosen = Selection(call, edit.heads)
+    inputs, inner = chosen.inputs(whole), chosen.terms(terms)
+    output, lse = _run(call, whole, terms, want_lse=True)
+    assert lse is not None
+    parts, shares = [], []
+    for keys in groups:
+        part, own = keys.attend(call, inputs, inner)
+        if not chosen.whole:
+            part, own = part[:, chosen.place], own[:, chosen.place]
+        parts.append(part)
+        shares.append(torch.where(_blind(own, output.dtype), -torch.inf, own - lse[:, edit.heads]))
+    mass = torch.stack(shares, -1).exp().clamp(max=1)
+    change = mass * edit.weigh(mass).expm1()
+    total = torch.ones_like(change[..., 0]) if edit.raw else 1 + change.sum(-1)
+    if total.min().item() < 1 - _MOST[output.dtype]:
+        return None, mass
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    size = max(1, budget(call) // max(output[:, :, 0].numel(), 1))
+    for start in range(0, output.shape[2], size):
+        rows = slice(start, start + size)
+        new = output[:, edit.heads, rows].to(dtype)
+        for group, part in enumerate(parts):
+            new = new + change[:, :, rows, group, None] * part[:, :, rows]
+        output[:, edit.heads, rows] = (new / total[:, :, rows, None]).to(output.dtype)
+    return output, mass
+
+
+def _move_as_terms(
+    call: Call, whole: Inputs, terms: list[Term], edit: MoveMass, mass: torch.Tensor | None
+) -> tuple[list[Term], torch.Tensor | None]:
+    """The law as a row-dependent bias for each group, differentiable; and the gain [B, H, Tq] of a raw law."""
+    heads = call.query.shape[1]
+    if mass is None:
+        chosen = Selection(call, edit.heads)
+        inputs, inner = chosen.inputs(whole), chosen.terms(terms)
+        groups = _gathered(call, edit) if _has_lse(call) else None
+        if groups is not None:
+            lse = _run(call, inputs, inner, want_lse=True)[1]
+            assert lse is not None
+            own = torch.stack([keys.attend(call, inputs, inner)[1] for keys in groups], -1)
+            mass = torch.where(_blind(own, call.query.dtype), 0, (own - lse[..., None]).exp().clamp(max=1))
+        else:
+            indicator = edit.keys.mT[:, None].to(inputs.value.dtype).expand(-1, inputs.key.shape[1], -1, -1)
+            mass = fused(call, Inputs(inputs.query, inputs.key, indicator, inputs.sinks, 0.0, inputs.heads), inner)
+        mass = mass if chosen.whole else mass[:, chosen.place]
+        mass = mass.to(torch.promote_types(mass.dtype, torch.float32))
+    weights = edit.weigh(mass)
+    table = edit.spread(weights, heads)
+    found = [Term(table[..., group], keys[:, None]) for group, keys in enumerate(edit.keys.unbind(1))]
+    return found, edit.gain(mass, weights, heads) if edit.raw else None
+
+
+@dataclass
+class Gathered:
+    """A few keys of a call.
+
+    Attributes:
+        index: places on the key axis, int64 [B, n], or a range of them that all batch rows have.
+        seen: which rows see which of them, bool, or the caller's additive mask there, [B or 1, H or 1, Tq, n].
+    """
+
+    index: torch.Tensor | slice
+    seen: torch.Tensor
+
+    def attend(self, call: Call, inputs: Inputs, terms: list[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention to these keys alone, [B, h, Tq, Dv], and its log-sum-exp, fp32 [B, h, Tq]; no learned sinks."""
+        key, value = self.of(inputs.key), self.of(inputs.value)
+        few = Call(inputs.query, key, value, self.seen, call.scaling, None, 0, None, False)
+        terms = [Term(t.weights, self.of(t.keys[..., None])[..., 0]) for t in terms]
+        output, lse = _run(few, Inputs(inputs.query, key, value, heads=inputs.heads), terms, want_lse=True)
+        assert lse is not None
+        return output, lse
+
+    def of(self, table: torch.Tensor) -> torch.Tensor:
+        """These keys of a table [B or 1, g, Tk, d]."""
+        if isinstance(self.index, slice):
+            return table[:, :, self.index]
+        index = self.index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return table.expand(len(self.index), -1, -1, -1).gather(2, index)
+
+
+def _gathered(call: Call, edit: MoveMass) -> list[Gathered] | None:
+    """The keys of each group by themselves; `None` where a pass over all keys is as good.
+
+    A prefill holds one output more for each group, and who sees what of it: with one group of few keys that is within
+    a layer's own q, k and v.
+    """
+    key = ("gathered", id(edit.keys), id(call.mask), call.offset, call.query.shape[2])
+    if key not in call.memo:
+        call.memo[key] = edit.keys, call.mask, _gather(call, edit.keys)  # so that their ids name nothing else
+    return call.memo[key][2]  # type: ignore[index, no-any-return]
+
+
+def _gather(call: Call, keys: torch.Tensor) -> list[Gathered] | None:
+    _, H, Tq, D = call.query.shape
+    counts = keys.sum(-1).amax(0).tolist()
+    few = len(counts) == 1 and counts[0] * 4 <= keys.shape[-1] and counts[0] * len(keys) * 4 <= len(call.query) * H * D
+    if Tq > FEW_ROWS and not few:
+        return None
+    return [_gather_group(call, group, max(count, 1)) for group, count in zip(keys.unbind(1), counts, strict=True)]
+
+
+def _gather_group(call: Call, keys: torch.Tensor, count: int) -> Gathered:
+    index = keys.long().topk(count, dim=-1).indices.sort(-1).values
+    meant = keys.gather(1, index)
+    if call.real is not None:
+        meant = meant & call.real.expand(len(keys), -1).gather(1, index)
+    shown = meant[:, None, None]
+    if call.mask is None:
+        rows = torch.arange(call.query.shape[2], device=keys.device) + call.offset
+        ahead = rows[:, None] - index[:, None, None]
+        seen = shown & (ahead >= 0)
+        seen = seen if call.window is None else seen & (ahead < call.window)
+    else:
+        mask = call.mask.expand(len(keys), -1, -1, -1)
+        there = mask.gather(3, index[:, None, None].expand(-1, *mask.shape[1:3], -1))
+        hidden = torch.finfo(there.dtype).min / 2 if there.is_floating_point() else False
+        seen = there.masked_fill(~shown, hidden) if there.is_floating_point() else there & shown
+    start = int(index[0, 0])
+    together = bool((index == torch.arange(start, start + count, device=index.device)).all())
+    return Gathered(slice(start, start + count) if together else index, seen)
 
 
 def _log_rest(call: Call, inputs: Inputs, chosen: Selection, terms: list[Term], keys: torch.Tensor) -> torch.Tensor:

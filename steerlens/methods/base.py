@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from steerlens.edits import Edit, Plan
+from steerlens.edits import Around, Edit, Plan
 from steerlens.errors import MethodError, nearest
 from steerlens.heads import Heads
 
@@ -94,6 +95,18 @@ class Method:
             raise MethodError(f"{self.name}: {field}={value!r} is out of range; allowed: a number {bound}")
         object.__setattr__(self, field, float(value))
 
+    def _count(self, field: str, low: int = 1) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise MethodError(f"{self.name}: {field}={value!r} is out of range; allowed: a whole number >= {low}")
+
+    def _file(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(self, field, value := os.fspath(value))
+        if not isinstance(value, str) or not value.endswith(".safetensors"):
+            raise MethodError(f"{self.name}: {field}={value!r} is no file; allowed: the path of a .safetensors file")
+
     def _choice(self, field: str, allowed: Sequence[str]) -> None:
         value = getattr(self, field)
         if value not in allowed:
@@ -113,7 +126,7 @@ class EditMethod(Method):
 
     def _everywhere(self, facts: ModelFacts, edits: Any) -> Plan:
         """`{layer: edits(heads)}` over this method's heads; `edits` maps a tuple of query heads to edits."""
-        plan: dict[int, tuple[Edit, ...]] = {}
+        plan: dict[int, tuple[Edit | Around, ...]] = {}
         for layer, heads in self.heads.resolve(facts).items():  # type: ignore[attr-defined]
             if found := tuple(edits(heads)):
                 plan[layer] = found
@@ -173,7 +186,7 @@ class PerRow(EditMethod):
         for row, method in enumerate(self.methods):
             if method is not None:
                 rows.setdefault(method, []).append(row)
-        plan: dict[int, tuple[Edit, ...]] = {}
+        plan: dict[int, tuple[Edit | Around, ...]] = {}
         for method, members in rows.items():
             for layer, edits in method.plan(facts, spans).items():
                 limited = tuple(dataclasses.replace(edit, batch=tuple(members)) for edit in edits)

@@ -16,7 +16,7 @@ import torch
 
 import steerlens
 from steerlens import caches, decoder
-from steerlens.edits import Reweight, Scale
+from steerlens.edits import Redistribute, Reweight, Scale
 from steerlens.errors import SpanError, SteerlensError
 from steerlens.examples import Example, ExampleError
 from steerlens.methods.base import EditMethod, PerRow
@@ -151,8 +151,12 @@ class Scorer:
         row = self.row(example)
         self._check(candidate, row)
         plan = candidate.plan(self.facts, row_spans([row], [0]))
-        edits = [edit for found in plan.values() for edit in found if isinstance(edit, Reweight)]
-        return frozenset((e.keys, e.law, e.phase) for e in edits if not isinstance(e.law, Scale))
+        edits = [e for found in plan.values() for e in found if isinstance(e, (Reweight, Redistribute))]
+        return frozenset(
+            (e.groups if isinstance(e, Redistribute) else e.keys, e.law, e.phase, e.queries)
+            for e in edits
+            if not isinstance(e.law, Scale)
+        )
 
     def _begins(self, candidate: Candidate, example: Example) -> tuple[int, int]:
         """Where the candidate begins to differ from the unsteered model: layer and row."""

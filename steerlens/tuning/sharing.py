@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from steerlens import caches, decoder
-from steerlens.edits import Ablate, Edit, Plan, Reweight, Sinks
+from steerlens.edits import Ablate, Around, Edit, Plan, Reweight, Sinks
 from steerlens.methods.base import EditMethod
 from steerlens.passes import Prompt
 from steerlens.spans import Spans
@@ -177,7 +177,7 @@ def first_columns(plan: Plan, place: Prompt, spans: Spans | None, *, learned_sin
     return first
 
 
-def _first(edit: Edit, place: Prompt, spans: Spans | None, learned_sinks: bool) -> torch.Tensor:
+def _first(edit: Edit | Around, place: Prompt, spans: Spans | None, learned_sinks: bool) -> torch.Tensor:
     start, last = place.first, place.stop - 1
     if isinstance(edit, Reweight) and not isinstance(edit.keys, Sinks):
         # A row that sees keys of one side alone is not changed by a law that renormalises.
@@ -187,7 +187,7 @@ def _first(edit: Edit, place: Prompt, spans: Spans | None, learned_sinks: bool) 
             columns = torch.arange(place.width, device=last.device)
             prompt = (columns >= place.first[:, None]) & (columns < place.stop[:, None])
             start = torch.maximum(start, _leading(prompt & ~inside, last))
-    elif not isinstance(edit, Ablate):
+    elif not isinstance(edit, Ablate | Around):
         return start
     return torch.maximum(start, last) if edit.phase == "decode" else start
 

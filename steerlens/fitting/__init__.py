@@ -1,0 +1,9 @@
+"""Fits of the vectors that some methods steer along, from examples; each returns a `VectorFile` to save."""
+
+from __future__ import annotations
+
+from steerlens.fitting.baking import bake, output_bias
+from steerlens.fitting.focus import focus_directions
+from steerlens.fitting.probes import iti, nl_iti
+
+__all__ = ["bake", "focus_directions", "iti", "nl_iti", "output_bias"]
