@@ -67,6 +67,19 @@ class Observer:
 
 
 @contextlib.contextmanager
+def joined(observer: Observer) -> Iterator[None]:
+    """The observer watches beside the contexts in force, from whatever thread runs the forwards."""
+    engine = observer._engine
+    engine.records.append(observer)
+    try:
+        engine.update()
+        yield
+    finally:
+        engine.records.remove(observer)
+        engine.update()
+
+
+@contextlib.contextmanager
 def alone(observer: Observer) -> Iterator[None]:
     """Inside, the observer is the only context of its model: nothing is steered, and no other context sees or counts.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steerlens.fitting.baking import bake, output_bias
 from steerlens.fitting.focus import focus_directions
+from steerlens.fitting.lookback import lookback_lens
 from steerlens.fitting.probes import iti, nl_iti
 
-__all__ = ["bake", "focus_directions", "iti", "nl_iti", "output_bias"]
+__all__ = ["bake", "focus_directions", "iti", "lookback_lens", "nl_iti", "output_bias"]

@@ -45,10 +45,7 @@ class AttentionSorting(PromptMethod):
     needs: ClassVar[tuple[str, ...]] = (GROUP,)
 
     def __post_init__(self) -> None:
-        if type(self.iterations) is not int or self.iterations < 0:
-            raise MethodError(
-                f"{self.name}: iterations={self.iterations!r} is out of range; allowed: a whole number >= 0"
-            )
+        self._count("iterations", 0)
         self._choice("best", ("last", "first"))
 
     def order(self, scores: Sequence[float]) -> list[int]:
