@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from steerlens import caches, decoder, vectors
+from steerlens import caches, vectors
 from steerlens.backends import reference
 from steerlens.backends.call import Call
 from steerlens.engine import Engine
@@ -99,7 +99,9 @@ class Lookback(Observer):
         stop = now.prompt.expand(torch.tensor(self.stops))[:, None]
         context = (weights * (columns < stop)[:, None]).sum(-1)
         new = (weights * (columns >= stop)[:, None]).sum(-1)
-        self._found[layer] = ratio(context, (stop - now.prompt.first[:, None]).float(), new, (now.columns - stop).float())
+        self._found[layer] = ratio(
+            context, (stop - now.prompt.first[:, None]).float(), new, (now.columns - stop).float()
+        )
 
     def take(self, device: torch.device) -> torch.Tensor:
         """Features of the forward's last row, layer by layer, fp32 [B, F]."""
@@ -228,7 +230,9 @@ def _loop(
     if stream is not None:
         stream.end()
     sequences = ids[::k, : int(lengths.max())]
-    return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences)  # type: ignore[arg-type]
+    return sequences
 
 
 class _Rows:

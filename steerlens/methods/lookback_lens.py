@@ -19,9 +19,9 @@ GROUP = "context"
 class LookbackLens(DecodingMethod):
     """Sample continuations chunk by chunk and keep the one that a detector finds most likely factual (§4 of the paper).
 
-    The detector sees where attention goes. A head's lookback ratio is A_context / (A_context + A_new), A the mean weight
-    of a key: context reaches from the first token to the end of the span group "context", new is all behind it, up to
-    the row's own key. A chunk's features are the means over the rows that produce its tokens, in all heads; the
+    The detector sees where attention goes. A head's lookback ratio is A_context / (A_context + A_new), A the mean
+    weight of a key: context reaches from the first token to the end of the span group "context", new is all behind it,
+    up to the row's own key. A chunk's features are the means over the rows that produce its tokens, in all heads; the
     detector is a logistic regression on them, P = σ(w·v + b), fitted by `steerlens.fitting.lookback_lens`. Of equal
     candidates the first is kept. A candidate ends at an end-of-text token, maybe early; where it is kept the answer
     ends.
