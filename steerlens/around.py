@@ -1,20 +1,24 @@
-"""Edits before and after an attention call, which no backend knows: vectors on queries and on outputs.
+"""Edits before and after an attention call, which no backend knows: of queries, of outputs, of single logits.
 
 Shapes as in `steerlens.passes`; D head dim of what is edited.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from steerlens.edits import AddOutput, Around, ShiftQuery
+from steerlens import backends
+from steerlens.backends import reference, sdpa
+from steerlens.backends.call import Call, Lowered
+from steerlens.edits import AddOutput, Around, LiftLogits, ShiftQuery
 from steerlens.errors import MethodError, UnsupportedError
-from steerlens.passes import Pass
+from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
 
 if TYPE_CHECKING:
@@ -55,6 +59,75 @@ def add(output: torch.Tensor, placed: list[Placed], now: Pass, first: int, outle
     output = added.transpose(1, 2).contiguous()
     outlet.expect(output)
     return output
+
+
+def attention(
+    backend: str, call: Call, placed: list[Placed], now: Pass, layer: int, lowered: Callable[[Pass], list[Lowered]]
+) -> torch.Tensor:
+    """Attention by a backend, [B, H, Tq, Dv], with the logits of decode rows lifted where an edit says so.
+
+    A lift depends on q·k, so no bias of a set of keys is it. The rows it is for, few in generation, are attended again
+    with the lift in their mask.
+
+    Args:
+        backend: its name.
+        call: the call with its lowered edits.
+        placed: edits around the call.
+        now: the forward.
+        layer: layer index.
+        lowered: the layer's other edits for some of the rows.
+    """
+    lifts = [p for p in placed if isinstance(p.edit, LiftLogits)]
+    if not lifts:
+        return backends.attention(backend, call)
+    rows = call.query.shape[2]
+    first = max(now.columns - rows, _first_row(lifts, now)) - (now.columns - rows)
+    parts = [backends.attention(backend, call)[:, :, :first]] if first else []
+    size = max(1, sdpa.budget(call) // (call.query.shape[0] * call.query.shape[1] * call.key.shape[2]))
+    for start in range(first, rows, size):
+        block = slice(start, min(start + size, rows))
+        part = replace(now, q_offset=now.columns - rows + start, q_len=block.stop - start, memo={})
+        # what edits renew with every forward they renew once
+        edits = call.edits if part.q_len == rows else lowered(part)
+        parts.append(backends.attention(backend, _lifted(call, block, lifts, part, layer, edits)))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _first_row(lifts: list[Placed], now: Pass) -> int:
+    """The first column whose row any of the edits is for."""
+    if any(p.edit.phase != "decode" for p in lifts):
+        return 0
+    if now.q_offset >= now.prompt.width:
+        return now.q_offset
+    return int(now.prompt.stop.min()) - 1
+
+
+def _lifted(call: Call, rows: slice, lifts: list[Placed], now: Pass, layer: int, edits: list[Lowered]) -> Call:
+    """The call of some rows, its mask an additive one that lifts their logits; [B, H, r, Tk] of memory."""
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    shape = (*call.query.shape[:2], now.q_len, call.key.shape[2])
+    additive = call.additive(rows, dtype).expand(shape)
+    lift = torch.zeros(shape, dtype=dtype, device=call.query.device)
+    for item in lifts:
+        edit = item.edit
+        assert isinstance(edit, LiftLogits)
+        heads = [h - call.first for h in edit.heads if call.first <= h < call.first + shape[1]]
+        if not heads:
+            continue
+        keys = fit(now.prompt.key_columns(edit.keys, item.spans), *now.keys[layer])[:, None, None]
+        if (where := rows_of(item, now)) is not None:
+            keys = keys & where[:, None, :, None]
+        x = reference.logits(call, rows, heads)
+        x = torch.where(keys & (x > -torch.inf), x + lift[:, heads], 0)
+        lift = lift.index_add(1, torch.tensor(heads, device=lift.device), edit.fraction * x.abs())
+    # a row of pads that sees no key must not come out NaN
+    mask = torch.where(additive == -torch.inf, torch.finfo(call.query.dtype).min, additive + lift)
+    if call.query.device.type != "cpu":
+        mask = mask.to(call.query.dtype)  # what fused kernels take beside such queries
+    offset = call.offset + rows.start
+    return replace(
+        call, query=call.query[:, :, rows], mask=mask, offset=offset, plain=False, window=None, edits=edits, memo={}
+    )
 
 
 def _plus(values: torch.Tensor, placed: list[Placed], now: Pass, first: int, what: str) -> torch.Tensor:

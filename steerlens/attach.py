@@ -105,12 +105,12 @@ class Steering:
         same: dict[Any, tuple[int, int]] = {}
         planned: dict[int, tuple[Any, ...]] = {}
         for number, method in enumerate(self.methods):
-            if not isinstance(method, EditMethod):
-                continue
             if self.spans is None and method.needs:
                 raise SpanError(
                     f"{method.name} needs spans for {', '.join(method.needs)}: pass spans= from steerlens.encode"
                 )
+            if not isinstance(method, EditMethod):
+                continue
             plan: Plan = method.plan(facts, self.spans)
             for layer, edits in plan.items():
                 planned[layer] = planned.get(layer, ()) + tuple(edits)

@@ -22,8 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import around, backends, caches, decoder, masks, selfcheck
-from steerlens.backends.call import Call
+from steerlens import around, caches, decoder, inlets, masks, selfcheck
+from steerlens.backends.call import Call, Lowered
+from steerlens.edits import LiftLogits, Reweight, Sinks
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
 from steerlens.generation import Scope, Wrapper
@@ -89,6 +90,7 @@ class Site(Guarded):
         self.placed: list[Placed] = []
         self.around: list[around.Placed] = []
         self.outlet = around.Outlet(module, layer, engine.facts)
+        self.inlet = inlets.Inlet(engine, layer, module)
         self.calls = self.rows = 0
         self.reached = True
 
@@ -104,6 +106,7 @@ class Site(Guarded):
         self.module.config = self.config
         self.module.__dict__.pop("_steerlens", None)
         self.outlet.release()
+        self.inlet.place([])
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
@@ -183,6 +186,7 @@ class Engine(Guarded):
         for layer, site in self.sites.items():
             site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
             site.around = [item for context in self.contexts for item in context.around.get(layer, ())]
+            site.inlet.place(site.around)
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
         models = {id(user.model): user.model for user in self.users}
@@ -392,6 +396,7 @@ class Engine(Guarded):
         site.rows += query.shape[0] * query.shape[2]
         site.reached = True
         if site.around:
+            site.inlet.check(self.current)
             query = around.shift(query, site.around, now, first, f"layer {site.layer} of {self.facts.name}")
         call = self._call(site, now, query, key, value, mask, scaling, extra)
         call.first = first
@@ -400,7 +405,18 @@ class Engine(Guarded):
         again, now.memo[called] = called in now.memo, True
         call.edits = lower(placed, now, site.layer, heads, again)
         want_weights = self._asked_for_weights or bool(extra.get("output_attentions"))
-        if not placed:
+        lifted = any(isinstance(p.edit, LiftLogits) for p in site.around)
+        if lifted and (want_weights or any(map(_looks, self.observers))):
+            raise UnsupportedError(
+                f"{self.describe()}: logits of layer {site.layer} are lifted one by one, which no statistic or weight "
+                "of its attention shows: leave out capture, report='mass' and output_attentions=True"
+            )
+        if lifted and any(isinstance(p.edit, Reweight) and isinstance(p.edit.keys, Sinks) for p in placed):
+            raise UnsupportedError(
+                f"{self.describe()}: logits of layer {site.layer} are lifted one by one, but sinks are found in the "
+                "attention of whole prompts: give the two methods different layers, or steer with one of them"
+            )
+        if not placed and not lifted:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)
         elif want_weights and self.backend != "reference":
             raise UnsupportedError(
@@ -408,7 +424,12 @@ class Engine(Guarded):
                 "steerlens.capture for their summaries"
             )
         else:
-            output, matrix = backends.attention(self.backend, call), None
+
+            def lowered(some: Pass) -> list[Lowered]:
+                return lower(placed, some, site.layer, heads, True)
+
+            output = around.attention(self.backend, call, site.around, now, site.layer, lowered)
+            matrix = None
             if want_weights:
                 from steerlens.backends import reference
 
@@ -486,6 +507,13 @@ class Engine(Guarded):
         call = Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
         call.window = window if shaped and not plain else None
         return call
+
+
+def _looks(observer: Steering | Observer) -> bool:
+    """Whether it looks at attention calls."""
+    from steerlens.observing import Observer
+
+    return type(observer).observe is not Observer.observe
 
 
 @outside_graphs

@@ -221,7 +221,7 @@ def _generate(model_ref: Any, own: Callable[..., Any] | None, engine: Engine) ->
         try:
             for context, _ in spans:
                 for prompt in (m for m in context.methods if isinstance(m, PromptMethod)):
-                    rewritten, changed = prompt.prepare(arguments, context.spans)
+                    rewritten, changed = prompt.prepare_on(model, arguments, context.spans)
                     arguments = dict(rewritten)
                     context.respan(changed)
             engine.scope = Scope(engine, model, arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -62,3 +64,36 @@ class Observer:
 
     def output(self, layer: int, output: torch.Tensor, now: Pass) -> None:
         """See what an attention call gives, [B, Tq, H, Dv], with its gradient history, before the layer gets it."""
+
+
+@contextlib.contextmanager
+def joined(observer: Observer) -> Iterator[None]:
+    """The observer watches beside the contexts in force, from whatever thread runs the forwards."""
+    engine = observer._engine
+    engine.records.append(observer)
+    try:
+        engine.update()
+        yield
+    finally:
+        engine.records.remove(observer)
+        engine.update()
+
+
+@contextlib.contextmanager
+def alone(observer: Observer) -> Iterator[None]:
+    """Inside, the observer is the only context of its model: nothing is steered, and no other context sees or counts.
+
+    For a method's own forwards while it is attached, from whatever thread runs them.
+    """
+    engine = observer._engine
+    contexts, records = engine.contexts, engine.records
+    counts = {layer: (site.calls, site.rows) for layer, site in engine.sites.items()}
+    engine.contexts, engine.records = [], [observer]
+    try:
+        engine.update()
+        yield
+    finally:
+        engine.contexts, engine.records = contexts, records
+        engine.update()
+        for layer, site in engine.sites.items():
+            site.calls, site.rows = counts.get(layer, (0, 0))

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class HeadVectors:
-    """One vector per query head of a layer; equal to itself alone.
+    """One vector or matrix per head of a layer; equal to itself alone.
 
     Attributes:
-        values: fp32 [H, D] on the CPU.
+        values: fp32 [H, D] or [H, D, D] on the CPU.
         source: names them in messages.
     """
 
@@ -38,7 +38,7 @@ class HeadVectors:
     _tables: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def table(self, heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """`values` on a device, fp32 [H, D], zeros for heads that are not in `heads`."""
+        """`values` on a device, in fp32, zeros for heads that are not in `heads`."""
         import torch
 
         if (heads, device) not in self._tables:
@@ -99,6 +99,14 @@ class VectorFile:
             )
         return tensor
 
+    def expect(self, layer: int, facts: ModelFacts) -> None:
+        """Raise `MethodError` if the model has no attention in a layer of the file."""
+        if layer not in facts.attention_layers:
+            raise MethodError(
+                f"{self.name} has heads of layer {layer}; {facts.name} has attention in layers "
+                f"{', '.join(map(str, facts.attention_layers))}: it was fitted on another model"
+            )
+
     def vectors(self, kind: str, layer: int, facts: ModelFacts, factor: torch.Tensor | None = None) -> HeadVectors:
         """A layer's vectors, each times its head's `factor` [H] where that is given."""
         values = self.get(kind, layer, facts)
@@ -115,11 +123,7 @@ class VectorFile:
             return {layer: list(found) for layer, found in heads.resolve(facts).items()}
         scored: dict[str, object] = {}
         for layer in self.layers(kind):
-            if layer >= facts.layers:
-                raise MethodError(
-                    f"{self.name} has heads of layer {layer}; {facts.name} has layers 0..{facts.layers - 1}: it was "
-                    "fitted on another model"
-                )
+            self.expect(layer, facts)
             for head, value in enumerate(self.get(kind, layer, facts, ndim=1).tolist()):
                 scored[f"{layer}-{head}"] = value
         if top > len(scored):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,7 @@ class Job:
     system: str | None
     sampling: Sampling
     as_json: bool
+    groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def session(self) -> Session:
         """The loaded model with the methods."""
@@ -46,7 +50,7 @@ class Job:
 
     def single(self, prompt: str, emphasize: list[str], stream: bool) -> None:
         """Answer one prompt."""
-        row = Row(0, prompt, tuple(emphasize))
+        row = Row.of(0, prompt, emphasize, self.groups)
         session = self.session()
         if stream:
             from transformers import TextStreamer
@@ -63,7 +67,7 @@ class Job:
 
     def file(self, path: Path, emphasize: list[str], output: Path | None, batch_size: int, resume: bool) -> int:
         """Answer the rows of a file in batches; 3 if some ended in an error."""
-        rows, digest = jsonl.read_rows(path, emphasize)
+        rows, digest = jsonl.read_rows(path, emphasize, self.groups)
         results = jsonl.Results(output, self.settings(digest, emphasize, batch_size), resume) if output else None
         done = results.done if results else {}
         session = self.session() if len(done) < len(rows) else None
@@ -105,6 +109,7 @@ class Job:
         return {
             "prompt_file": digest,
             "emphasize": emphasize,
+            "groups": {name: _digest(texts) for name, texts in self.groups.items()},
             "batch_size": batch_size,
             "compare": self.compare,
             "methods": [method.to_dict() for method in self.methods],
@@ -122,3 +127,7 @@ class Job:
         typer.echo(
             jsonl.to_json({"model": self.model.name, "methods": methods, "backend": self.backend, "results": results})
         )
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.blake2b(json.dumps(list(texts)).encode(), digest_size=16).hexdigest()

@@ -5,24 +5,56 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from steerlens import files
 from steerlens.cli.guard import UsageError
-from steerlens.cli.session import Answer, Row
+from steerlens.cli.session import PLACEHOLDERS, Answer, Row
 from steerlens.errors import nearest
 
-_KEYS = ("prompt", "messages", "emphasize")
+_KEYS = ("prompt", "messages", "emphasize", *PLACEHOLDERS, "groups")
 
 
-def read_rows(path: Path, emphasize: Sequence[str]) -> tuple[list[Row], str]:
+def read_texts(path: Path, option: str) -> list[str]:
+    """The texts of a JSONL file: per line a JSON text, or an object with the text `text`.
+
+    Raises:
+        UsageError: naming the option, the file and the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{option} {path} cannot be read: {why}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise UsageError(f"{option} {path}:{number}: not JSON: {problem}") from None
+        text = data.get("text") if isinstance(data, dict) else data
+        if not isinstance(text, str) or not text.strip() or _halves(text):
+            raise UsageError(
+                f"{option} {path}:{number}: {line[:60]!r} holds no text; each line is a JSON text, or an object with "
+                "'text'"
+            )
+        found.append(text)
+    if not found:
+        raise UsageError(f"{option} {path} is empty; it needs one JSON text per line")
+    return found
+
+
+def read_rows(path: Path, emphasize: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[Row], str]:
     """The rows of a JSONL file and its digest; what is wrong with a line is kept as its row's error.
 
     Args:
         path: one JSON object per line.
         emphasize: for rows that say nothing themselves.
+        groups: texts per span group, the same.
     """
     try:
         content = path.read_bytes()
@@ -34,10 +66,10 @@ def read_rows(path: Path, emphasize: Sequence[str]) -> tuple[list[Row], str]:
             f"--prompt-file {path} is empty; it needs one JSON object per line with 'prompt' or 'messages'"
         )
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return [_row(index, line, tuple(emphasize)) for index, line in enumerate(lines)], digest
+    return [_row(index, line, tuple(emphasize), groups) for index, line in enumerate(lines)], digest
 
 
-def _row(index: int, line: bytes, emphasize: tuple[str, ...]) -> Row:
+def _row(index: int, line: bytes, emphasize: tuple[str, ...], groups: Mapping[str, Sequence[str]]) -> Row:
     try:
         data = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as problem:
@@ -55,12 +87,25 @@ def _row(index: int, line: bytes, emphasize: tuple[str, ...]) -> Row:
     if _halves(data):
         return Row(index, prompt, error="the text holds half of a surrogate pair, which is no character")
     wrong = _wrong_chat(prompt) if given == ["messages"] else _wrong_text(prompt)
-    own = data.get("emphasize")
-    wanted = emphasize if own is None else (own,) if isinstance(own, str) else own
-    if not isinstance(wanted, list | tuple) or not all(isinstance(text, str) and text for text in wanted):
-        error = f"'emphasize' is {own!r:.80}; it must be a text or a list of texts, not empty"
-        return Row(index, prompt, error=error)
-    return Row(index, prompt, tuple(wanted), wrong)
+    own = data.get("groups", {})
+    if not isinstance(own, dict):
+        return Row(index, prompt, error=f"'groups' is {own!r:.80}; it must be an object of texts per span group")
+    named = {("emphasis" if key == "emphasize" else key): data[key] for key in _KEYS[2:-1] if data.get(key) is not None}
+    texts: dict[str, Sequence[str]] = {"emphasis": emphasize, **groups}
+    for name, value in {**own, **named}.items():
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(text, str) and text for text in listed):
+            error = f"{_key(name, data)!r} is {value!r:.80}; it must be a text or a list of texts, not empty"
+            return Row(index, prompt, error=error)
+        texts[name] = listed
+    if wrong is not None:
+        return Row(index, prompt, error=wrong)
+    return Row.of(index, prompt, texts.pop("emphasis"), texts)
+
+
+def _key(group: str, data: Mapping[str, Any]) -> str:
+    """What a row calls a span group."""
+    return "emphasize" if group == "emphasis" and "emphasize" in data else group
 
 
 def _refuse(constant: str) -> None:

@@ -39,6 +39,10 @@ HeadSpec = Annotated[
     str | None,
     typer.Option("--heads", metavar="SPEC", help='Heads: "all", "3:17,7;8:*" or "scores.json:top20".'),
 ]
+Vectors = Annotated[
+    str | None,
+    typer.Option("--vectors", metavar="F.safetensors", help="Vectors of a method that has some, as from its fit."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -138,9 +142,13 @@ def value_of(text: str, option: str) -> Any:
 
 
 def build_methods(
-    names: Sequence[str], recipe: Recipe | None, heads: str | None, settings: Sequence[str]
+    names: Sequence[str],
+    recipe: Recipe | None,
+    heads: str | None,
+    settings: Sequence[str],
+    vectors: str | None = None,
 ) -> list[Method]:
-    """The methods of a run: the recipe's, then the named ones, with `--heads` and `--set` put in.
+    """The methods of a run: the recipe's, then the named ones, with `--heads`, `--vectors` and `--set` put in.
 
     Raises:
         UsageError, MethodError, HeadError: naming the option, what is allowed and the nearest name.
@@ -154,6 +162,7 @@ def build_methods(
     described = [method.to_dict() for method in recipe.methods] if recipe else []
     described += [{"method": registry.get(name).name} for name in names]
     given = [] if heads is None else [("heads", value_of(heads, "--heads"), "--heads")]
+    given += [] if vectors is None else [("vectors", vectors, "--vectors")]
     given += [(*assignment(text, "--set"), f"--set {text}") for text in settings]
     for key, value, option in given:
         method, dot, parameter = key.partition(".")

@@ -20,7 +20,27 @@ def run(
         list[str] | None,
         typer.Option("--emphasize", metavar="TEXT", help="Text in the prompt to emphasise; repeatable."),
     ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(
+            "--documents",
+            metavar="F.jsonl",
+            help="Texts of the prompt that are its documents; a prompt with {documents} is built from them.",
+        ),
+    ] = None,
+    demos: Annotated[
+        Path | None,
+        typer.Option("--demos", metavar="F.jsonl", help="The same for its examples, {demos}."),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option("--query", metavar="TEXT", help="The same for what is asked, {query}.")
+    ] = None,
+    span: Annotated[
+        list[str] | None,
+        typer.Option("--span", metavar="GROUP=TEXT", help="Text in the prompt, for another span group; repeatable."),
+    ] = None,
     heads: options.HeadSpec = None,
+    vectors: options.Vectors = None,
     settings: options.Settings = None,
     recipe: options.Recipes = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run unsteered first and show both.")] = False,
@@ -31,7 +51,7 @@ def run(
         typer.Option(
             "--prompt-file",
             metavar="F.jsonl",
-            help="Rows with 'prompt' or 'messages', and optional 'emphasize'.",
+            help="Rows with 'prompt' or 'messages', and optional 'emphasize', 'documents', 'demos', 'query', 'groups'.",
         ),
     ] = None,
     output: Annotated[
@@ -69,7 +89,8 @@ def run(
         from steerlens.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-    methods = options.build_methods(method or [], loaded, heads, settings or [])
+    methods = options.build_methods(method or [], loaded, heads, settings or [], vectors)
+    groups = _groups(documents, demos, query, span or [])
     chosen = options.ModelOptions.of(
         model,
         loaded,
@@ -90,6 +111,7 @@ def run(
         system,
         Sampling(max_new_tokens, temperature, seed),
         as_json,
+        groups,
     )
     if prompt_file is not None:
         return job.file(prompt_file, emphasize or [], output, batch_size, resume)
@@ -116,6 +138,26 @@ def _check(
     for problem, found in wrong.items():
         if found:
             raise UsageError(problem)
+
+
+def _groups(documents: Path | None, demos: Path | None, query: str | None, spans: list[str]) -> dict[str, list[str]]:
+    """Texts per span group."""
+    from steerlens.cli.jsonl import read_texts
+
+    groups: dict[str, list[str]] = {}
+    for name, path in (("documents", documents), ("demos", demos)):
+        if path is not None:
+            groups[name] = read_texts(path, f"--{name}")
+    if query is not None:
+        groups["query"] = [query]
+    for text in spans:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value:
+            raise UsageError(f"--span {text!r} is not GROUP=TEXT")
+        if name == "emphasis":
+            raise UsageError("--span emphasis=…: give --emphasize TEXT")
+        groups.setdefault(name, []).append(value)
+    return groups
 
 
 def _prompt(given: str | None) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from steerlens.errors import SpanError
@@ -15,17 +16,60 @@ if TYPE_CHECKING:
     from steerlens.recipe import Recipe
 
 _PYTHON_ONLY = ', or on_missing="ignore"'
+LISTED = ("documents", "demos")
+"""Span groups whose texts are parts of a prompt in their order; a repeated text is each time another part."""
+PLACEHOLDERS = (*LISTED, "query")
+_BETWEEN = "\n\n"
+_GIVEN_BY = {
+    "emphasis": "--emphasize TEXT, or 'emphasize' in the row",
+    "documents": "--documents F.jsonl, or 'documents' in the row",
+    "demos": "--demos F.jsonl, or 'demos' in the row",
+    "query": "--query TEXT, or 'query' in the row",
+}
 _ROW = re.compile(r"^(?:row \d+(?:, group '[^']*')?: )+")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: a text or a chat, what to emphasise in it, and why it cannot be run, if it cannot."""
+    """One prompt: a text or a chat, what to emphasise in it, and why it cannot be run, if it cannot.
+
+    Attributes:
+        groups: texts of further span groups, looked up in the prompt.
+    """
 
     index: int
     prompt: Any
     emphasize: tuple[str, ...] = ()
     error: str | None = None
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, index: int, prompt: Any, emphasize: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Row:
+        """A row whose prompt is built from its groups where it says `{documents}`, `{demos}` or `{query}`."""
+        texts = {name: tuple(mine) for name, mine in groups.items() if mine}
+        return cls(index, _filled(prompt, texts), tuple(emphasize), groups=texts)
+
+    def selectors(self, group: str) -> list[Any]:
+        """What `steerlens.encode` looks for."""
+        from steerlens.encoding import Substring
+
+        seen: Counter[str] = Counter()
+        found: list[Any] = []
+        for text in self.groups.get(group, ()):
+            occurrence: Any = seen[text] if group in LISTED else "last" if group == "query" else None
+            found.append(Substring(text, occurrence))
+            seen[text] += 1
+        return found
+
+
+def _filled(prompt: Any, groups: Mapping[str, Sequence[str]]) -> Any:
+    """A text or chat with the texts of its groups in place of their placeholders, parts with a blank line between."""
+    if isinstance(prompt, str):
+        parts = {name: _BETWEEN.join(groups[name]) for name in PLACEHOLDERS if name in groups}
+        return re.sub(r"\{(\w+)\}", lambda found: parts.get(found[1], found[0]), prompt)
+    if not isinstance(prompt, list):
+        return prompt
+    return [{**message, "content": _filled(message["content"], groups)} for message in prompt]
 
 
 @dataclass(frozen=True)
@@ -147,19 +191,20 @@ class Session:
         """
         from steerlens import encode
 
-        needed = {group: m.name for m in self.methods for group in m.needs}
-        for row in rows:
-            if "emphasis" in needed and not row.emphasize:
-                raise SpanError(
-                    f"{needed['emphasis']} needs something to emphasise: give --emphasize TEXT, "
-                    "or 'emphasize' in the row"
-                )
+        for method in self.methods:
+            for group in method.needs:
+                if not all(row.emphasize if group == "emphasis" else row.groups.get(group) for row in rows):
+                    what = "something to emphasise" if group == "emphasis" else f"the span group {group!r}"
+                    given = f"--span {group}=TEXT, or 'groups': {{{group!r}: […]}} in the row"
+                    raise SpanError(f"{method.name} needs {what}: give {_GIVEN_BY.get(group, given)}")
+        names = sorted({name for row in rows for name in row.groups})
         emphasize = [list(row.emphasize) for row in rows] if any(row.emphasize for row in rows) else None
         try:
             inputs, spans = encode(
                 self.tokenizer,
                 [row.prompt for row in rows],
                 emphasize,
+                groups={name: [row.selectors(name) for row in rows] for name in names},
                 chat=self.chat,
                 device=self.model.device,
                 system=self.system,

@@ -5,6 +5,18 @@ from __future__ import annotations
 from steerlens.fitting.anchors import anchor_reweighting
 from steerlens.fitting.baking import bake, output_bias
 from steerlens.fitting.focus import focus_directions
+from steerlens.fitting.keys import adaseka, seka
+from steerlens.fitting.lookback import lookback_lens
 from steerlens.fitting.probes import iti, nl_iti
 
-__all__ = ["anchor_reweighting", "bake", "focus_directions", "iti", "nl_iti", "output_bias"]
+__all__ = [
+    "adaseka",
+    "anchor_reweighting",
+    "bake",
+    "focus_directions",
+    "iti",
+    "lookback_lens",
+    "nl_iti",
+    "output_bias",
+    "seka",
+]

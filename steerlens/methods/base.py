@@ -154,6 +154,12 @@ class PromptMethod(Method):
         """The rewritten inputs and their spans."""
         raise NotImplementedError
 
+    def prepare_on(
+        self, model: Any, inputs: Mapping[str, Any], spans: Spans | None
+    ) -> tuple[Mapping[str, Any], Spans | None]:
+        """The same for a method that asks the model; a wrapped `generate` calls it. By default `prepare`."""
+        return self.prepare(inputs, spans)
+
 
 @dataclass(frozen=True)
 class PerRow(EditMethod):
