@@ -22,7 +22,7 @@ from steerlens.attach import Steering
 from steerlens.engine import Engine
 from steerlens.errors import MethodError, SpanError, SteeringStateError, UnsupportedError
 from steerlens.methods.base import EditMethod, PerRow
-from steerlens.methods.branched import Branch, BranchedMethod
+from steerlens.methods.branched import NEUTRAL, Branch, BranchedMethod
 from steerlens.spans import Spans
 from steerlens.wrapping import unwrap
 
@@ -50,7 +50,7 @@ def generate(method: BranchedMethod, model: Any, inputs: Mapping[str, Any], span
         with Steering(model, method, spans, backend="auto", report=None, prompt_lengths=None):
             return model.generate(**inputs, **options)
     branches = method.branches(model)
-    if len(branches) == 1:
+    if branches == NEUTRAL:
         return model.generate(**inputs, **options)
     _refuse(method, model, options)
     with Branches(method, model, branches, engine) as running:
@@ -75,7 +75,7 @@ def score(method: BranchedMethod, model: Any, inputs: Mapping[str, Any], spans: 
     for row, tokens in enumerate(ids[:, 1:]):
         # row by row: the mix is fp32 over the whole vocabulary
         parts = torch.stack([part[row, :-1].to(ids.device, torch.float32) for part in logits])
-        mixed = parts[0] if len(parts) == 1 else method.mix(parts)
+        mixed = parts[0] if branches == NEUTRAL else method.mix(parts)
         found.append(mixed.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
     return torch.stack(found)
 

@@ -35,6 +35,10 @@ class Branch:
     model: Any = None
 
 
+NEUTRAL = (Branch(),)
+"""The branches of a method that changes nothing."""
+
+
 @dataclass(frozen=True)
 class BranchedMethod(DecodingMethod):
     """A decoding method made of branches of one text and a rule that mixes their logits.
@@ -46,7 +50,7 @@ class BranchedMethod(DecodingMethod):
     """
 
     def branches(self, model: Any) -> tuple[Branch, ...]:
-        """The conditions, at least one of them the steered model's; a single `Branch()` where the method is neutral."""
+        """The conditions, at least one of them the steered model's; `NEUTRAL` where nothing is changed."""
         raise NotImplementedError
 
     def mix(self, logits: Tensor) -> Tensor:

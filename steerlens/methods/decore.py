@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from steerlens.errors import MethodError
 from steerlens.heads import Heads, draw_others
 from steerlens.methods.base import Search
-from steerlens.methods.branched import Branch, BranchedMethod
+from steerlens.methods.branched import NEUTRAL, Branch, BranchedMethod
 from steerlens.methods.headmask import HeadMask
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class DeCoRe(BranchedMethod):
         if (self.mode == "static" and self.alpha == 0 and not self.apc_beta) or (
             self.amateur is None and self.heads.empty  # type: ignore[union-attr]
         ):
-            return (Branch(),)
+            return NEUTRAL
         other = (
             _load(self.amateur, str(model.dtype), str(model.device)) if isinstance(self.amateur, str) else self.amateur
         )
