@@ -1,15 +1,18 @@
 """SPA, the plausibility gate and Attention Buckets: their numbers, and generation against each branch alone."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 from modes import apart, assert_same, greedy, positions, whole
 from small_models import build
+from typer.testing import CliRunner
 
 import steerlens
 from steerlens import caches
+from steerlens.cli import app
 from steerlens.errors import MethodError, SpanError, UnsupportedError
 from steerlens.methods import ACT, PASTA, HeadMask, PerRow, ZeroTuning, from_dict
 from steerlens.methods.attention_buckets import AttentionBuckets
@@ -264,3 +267,17 @@ class TestAttentionBuckets:
     def test_description(self):
         assert from_dict(AttentionBuckets().to_dict()) == AttentionBuckets()
         assert AttentionBuckets().to_dict()["bases"][1] == 17500.0
+
+
+@pytest.mark.parametrize("name", ["decore", "spa", "plausibility_gate", "attention_buckets"])
+def test_shipped_recipe_through_the_command_line(name):
+    facts = ["The code of the harbor office is 4417.", "The code of the harbor office is 9032."]
+    prompt = f"{facts[0]} {facts[1]} Question: What is the code of the harbor office? Answer:"
+    given = ["run", "--recipe", f"{name}-tiny", "--prompt", prompt, "--emphasize", facts[1], "--max-new-tokens", "8"]
+    done = CliRunner().invoke(app, [*given, "--compare", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [from_dict(m) for m in found["methods"]] == steerlens.load_recipe(f"{name}-tiny").methods
+    assert set(found["results"][0]) == {"prompt", "baseline", "steered"}
+    if name == "spa":
+        assert found["results"][0] == {"prompt": prompt, "baseline": " 4417", "steered": " 9032"}

@@ -437,3 +437,14 @@ def test_a_control_masks_other_heads(model, row):
 def test_bad_parameters(parameters, message):
     with pytest.raises(MethodError, match=message):
         DeCoRe("0:1", **parameters)
+
+
+def test_published_recipes_mask_the_heads_of_the_masked_branch():
+    for count in (10, 50):
+        name = f"llama-3-8b-instruct-{count}heads"
+        [contrast], [mask] = (steerlens.load_recipe(f"{kind}-{name}").methods for kind in ("decore", "headmask"))
+        assert contrast.branches(None)[1].methods == (mask,)
+
+
+def test_what_the_neutral_strength_is_of():
+    assert DeCoRe("0:1", "static").search["alpha"].neutral == 0 and not DeCoRe("0:1").search

@@ -71,6 +71,8 @@ class DeCoRe(BranchedMethod):
         if self.apc_beta == 1:
             raise MethodError("decore: apc_beta=1 leaves no token; allowed: a number >= 0 and < 1")
         self._flag("scale")
+        if self.mode != "static":
+            object.__setattr__(self, "search", {})  # no strength of its own
         if self.control is not None and (isinstance(self.control, bool) or not isinstance(self.control, int)):
             raise MethodError(f"decore: control={self.control!r}; allowed: a whole number, the seed of the draw")
         if self.amateur is not None and not isinstance(self.amateur, str) and not hasattr(self.amateur, "config"):
