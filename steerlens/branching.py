@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.generic import ModelOutput
 
 from steerlens import caches, decoder
 from steerlens.attach import Steering
@@ -53,8 +54,14 @@ def generate(method: BranchedMethod, model: Any, inputs: Mapping[str, Any], span
     if branches == NEUTRAL:
         return model.generate(**inputs, **options)
     _refuse(method, model, options)
+    given = caches.find(options)
+    if given is not None and not _copies(given):
+        raise UnsupportedError(
+            f"{method.name} repeats the rows of the cache that it is given, which a {type(given).__name__} of such "
+            "layers cannot do: pass a DynamicCache without offloading, or none"
+        )
     with Branches(method, model, branches, engine) as running:
-        return running.trimmed(model.generate(**inputs, **options))
+        return running.trimmed(model.generate(**inputs, **options), given)
 
 
 @torch.no_grad()
@@ -145,16 +152,15 @@ class Branches:
             for context, inside in before.items():
                 context.inside = inside
 
-    def trimmed(self, output: Any) -> Any:
-        """What `generate` returned, its cache with the first branch's rows alone."""
-        count, cache = len(self.rows), self.cache
-        if cache is None or not self.split or count == 1:
+    def trimmed(self, output: Any, given: Cache | None) -> Any:
+        """What `generate` returned, with the first branch's rows alone in the cache that it returns or was given."""
+        count, cache, whole = len(self.rows), self.cache, isinstance(output, ModelOutput)
+        if cache is None or count == 1 or not (whole or given is not None):
             return output
         if _copies(cache):
             cache.batch_select_indices(torch.arange(0, self._batch * count, count, device=self.model.device))
-        elif hasattr(output, caches.NAME):
-            setattr(output, caches.NAME, None)
-        return output
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != caches.NAME})
 
     # --- one forward -------------------------------------------------------------------------------------------------
 
@@ -217,11 +223,6 @@ class Branches:
         missing = sorted(needed - set(() if self.spans is None else self.spans.groups))
         if missing:
             raise SpanError(f"{method.name} needs spans for {', '.join(missing)}: pass spans= from steerlens.encode")
-        if seen and not _copies(cache):
-            raise UnsupportedError(
-                f"{method.name} repeats the rows of the cache that it is given, which a {type(cache).__name__} of "
-                "these layers cannot do: pass a DynamicCache, or the whole text without one"
-            )
         edits = [edit for branch in self.rows for m in branch.methods for edit in self._plan(m)]
         phases = {edit.phase for edit in edits}
         phases |= {phase for other in self.others for phase in other.phases()}
@@ -238,8 +239,7 @@ class Branches:
             and len(self.rows) > 1
             and all(branch.theta == 1 and branch.hidden is None for branch in self.rows)
             and {edit.phase for edit in edits} <= {"decode"}
-            and all(m.chunk_exact for m in outer if not isinstance(m, PerRow))
-            and not any(isinstance(m, PerRow) for m in outer)
+            and all(m.chunk_exact for m in outer)
             and not engine.records
             and _copies(cache)
             and _divides(given)

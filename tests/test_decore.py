@@ -10,7 +10,7 @@ import torch
 from modes import apart, assert_same, greedy, positions, whole
 from safetensors.torch import load_file
 from small_models import build
-from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList, StoppingCriteria
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessorList, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import steerlens
@@ -185,7 +185,10 @@ class TestGenerate:
         ids, mask = prompts("left")
         plain = generate(model, METHODS[name], None, ids, mask)
         options = options or {caches.NAME: DynamicCache(config=model.config)}
-        assert_same(generate(model, METHODS[name], None, ids, mask, **options), plain)
+        got = generate(model, METHODS[name], None, ids, mask, **options)
+        assert_same(got, plain)
+        cache = caches.find(got)  # of a static cache's rows none can be taken alone
+        assert cache is None if {"use_cache", "cache_implementation"} & set(options) else len(cache.layers[0].keys) == 3
 
     @pytest.mark.parametrize("outer", [PASTA(0.05), ACT(0.0, 0.08), ZeroTuning(3.0)], ids=lambda m: m.name)
     @pytest.mark.parametrize("name", ["entropy", "whole"])
@@ -326,6 +329,10 @@ class TestGenerate:
         assert "forward" not in vars(model) and "generate" not in vars(model)
         assert_same(after, generate(model, METHODS["entropy"], None, row))
 
+    def test_a_cache_whose_rows_cannot_be_repeated(self, model, row):
+        with pytest.raises(UnsupportedError, match="a StaticCache of such layers"):
+            generate(model, METHODS["whole"], None, row, **{caches.NAME: StaticCache(model.config, max_cache_len=40)})
+
     def test_an_error_inside_leaves_the_model_as_it_was(self, model, row):
         def fail(tokens, scores):
             raise ZeroDivisionError
@@ -334,6 +341,20 @@ class TestGenerate:
         with pytest.raises(ZeroDivisionError):
             generate(model, METHODS["entropy"], None, row, logits_processor=LogitsProcessorList([fail]))
         assert (set(vars(model)), set(vars(model.model))) == before
+
+    def test_inside_a_wrapper(self, model_of, row):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(build("llama-gqa"), config).eval()
+        got = generate(model, METHODS["entropy"], None, row)
+        merged = model.merge_and_unload()
+        assert_same(got, generate(merged, METHODS["entropy"], None, row))
+        assert apart(got.logits, generate(model_of("llama-gqa"), METHODS["entropy"], None, row).logits) > 1e-3
+
+    def test_captured_rows_are_the_branches(self, model, row):
+        with steerlens.capture(model, stats=("lse",)) as record:
+            generate(model, METHODS["entropy"], None, row, max_new_tokens=3)
+        assert record[0].lse.shape == (2, 8, 22)
 
     def test_without_steer(self, model, row):
         got = METHODS["entropy"].generate(model, {"input_ids": row}, None, max_new_tokens=8, do_sample=False)

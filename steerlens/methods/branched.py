@@ -45,8 +45,9 @@ class BranchedMethod(DecodingMethod):
 
     transformers' own loop generates, and sees the mixed logits as if the model had given them: processors, sampling,
     stopping criteria, streamers and `return_dict_in_generate` are its own. Branches of the steered model are rows of
-    one batch, and read the prompt once where no branch changes what is cached of it. Beams, assisted decoding and
-    `custom_generate` are refused; the unconditional branch of `guidance_scale` stays native and alone.
+    one batch, next to each other (so `steerlens.capture` records them), and read the prompt once where no branch
+    changes what is cached of it. Beams, assisted decoding and `custom_generate` are refused; the unconditional branch
+    of `guidance_scale` stays native and alone.
     """
 
     def branches(self, model: Any) -> tuple[Branch, ...]:
