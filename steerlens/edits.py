@@ -255,7 +255,25 @@ class RouteKeys:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys
+@dataclass(frozen=True)
+class ScaleChannel:
+    """x'_c = `factor`·x_c, c the `channel`, for what decode rows make queries of and all rows they see made keys of.
+
+    Other rows attend unscaled queries to unscaled keys. The scaled keys are those that a cache holds; values stay.
+
+    Attributes:
+        channel: of the attention module's input.
+        start: tokens before this position of their row are never scaled.
+    """
+
+    channel: int
+    factor: float
+    start: int = 0
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel
 """Edits of what goes into an attention call and comes out of it: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import around, caches, decoder, inlets, masks, selfcheck
+from steerlens import around, caches, decoder, inlets, masks, rescaling, selfcheck
 from steerlens.backends.call import Call, Lowered
 from steerlens.edits import LiftLogits, Reweight, Sinks
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
@@ -92,6 +92,7 @@ class Site(Guarded):
         self.around: list[around.Placed] = []
         self.outlet = around.Outlet(module, layer, engine.facts)
         self.inlet = inlets.Inlet(engine, layer, module)
+        self.rescaled = rescaling.Rescaled(self)
         self.calls = self.rows = 0
         self.reached = True
 
@@ -108,6 +109,7 @@ class Site(Guarded):
         self.module.__dict__.pop("_steerlens", None)
         self.outlet.release()
         self.inlet.place([])
+        self.rescaled.place([])
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
@@ -189,6 +191,7 @@ class Engine(Guarded):
             site.placed = [item for context in self.contexts for item in context.placed.get(layer, ())]
             site.around = [item for context in self.contexts for item in context.around.get(layer, ())]
             site.inlet.place(site.around)
+            site.rescaled.place(site.around)
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
         models = {id(user.model): user.model for user in self.users}

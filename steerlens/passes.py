@@ -61,6 +61,7 @@ class Prompt:
         origin: the row of the first forward that each row comes from, int64 [B]; `None` while none has moved.
         sinks: states of the edits that find sinks, by (context, layer, edit).
         started: B of the first forward.
+        notes: what edits wrote down of what the cache holds.
     """
 
     batch: int
@@ -72,6 +73,7 @@ class Prompt:
     origin: torch.Tensor | None = None
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
     started: int = 0
+    notes: set[Hashable] = field(default_factory=set)
     _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
     _elsewhere: dict[torch.device, Prompt] = field(default_factory=dict)
 
@@ -106,7 +108,9 @@ class Prompt:
         real = None if self.real is None else self.real[index]
         sinks = {key: state.select(index) for key, state in self.sinks.items()}
         first, stop = self.first[index], self.stop[index]
-        return Prompt(len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started)
+        return Prompt(
+            len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started, set(self.notes)
+        )
 
     def on(self, device: torch.device) -> Prompt:
         """The same prompt with its tensors on another device; states stay common, each on its layer's device."""

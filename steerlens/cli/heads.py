@@ -128,6 +128,38 @@ def sinks(
         )
 
 
+@command(samples=20)
+def qada(
+    run: DataRun,
+    sink: Annotated[int, typer.Option("--sink", min=0, help="First keys that count as near.")] = 16,
+    local: Annotated[
+        int, typer.Option("--local", min=1, help="Recent keys that count as near, at most half of a prompt.")
+    ] = 1024,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.01, max=0.99, help="A head is local where near keys hold this share.")
+    ] = 0.6,
+) -> HeadScores:
+    """Far attention: the share of far keys behind the prompt, estimated from moments of keys (arXiv 2502.09647).
+
+    Beside it the true share, and how often QAdA's gate calls the head local. Default prompts: look-up.
+    """
+    from steerlens.measures import qada as gating
+
+    examples = run.examples("lookup")
+    model, tokenizer = run.load()
+    with run.progress(len(examples)) as advance:
+        return gating.measure(
+            model,
+            tokenizer,
+            examples,
+            sink=sink,
+            local=local,
+            threshold=threshold,
+            batch_size=run.batch_size,
+            advance=advance,
+        )
+
+
 Length = Annotated[int, typer.Option("--length", min=2, help="Random tokens that are repeated once.")]
 Sequences = Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Sequences.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Sequences per forward.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steerlens.fitting.anchors import anchor_reweighting
 from steerlens.fitting.baking import bake, output_bias
+from steerlens.fitting.channels import positional_channels
 from steerlens.fitting.focus import focus_directions
 from steerlens.fitting.keys import adaseka, seka
 from steerlens.fitting.lookback import lookback_lens
@@ -18,5 +19,6 @@ __all__ = [
     "lookback_lens",
     "nl_iti",
     "output_bias",
+    "positional_channels",
     "seka",
 ]
