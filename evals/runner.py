@@ -333,11 +333,13 @@ class _Job:
     def _choices(self, items: list[Item], steering: Steering, batch: Batch, cache: Any, keep: bool) -> list[Outcome]:
         prompting = [m for m in steering.methods if isinstance(m, PromptMethod)]
         decoding = next((m for m in steering.methods if isinstance(m, DecodingMethod)), None)
-        editing = [m for m in steering.methods if not isinstance(m, PromptMethod | DecodingMethod)]
         for method in prompting:
             batch = self._prepared(method, batch)
-        with self._steered(editing, batch, batch.prompts):
+        others = [m for m in steering.methods if not isinstance(m, PromptMethod)]
+        with self._steered(others, batch, batch.prompts) as steered:
             if decoding is not None:
+                # its own forwards are for it to steer
+                steered.inside = True
                 scores = decoding.score(self.model, batch.inputs, batch.spans)
                 picks = [_picked(scores[i], row) for i, row in enumerate(batch.rows)]
             else:
@@ -368,7 +370,7 @@ class _Job:
     def _prepared(self, method: PromptMethod, batch: Batch) -> Batch:
         """The batch with its prompts as a method rewrites them, each choice behind its prompt."""
         prompts = self.batch([Row(row.ids[: row.prompt], row.prompt, row.groups) for row in batch.rows])
-        inputs, spans = method.prepare(dict(prompts.inputs), prompts.spans)
+        inputs, spans = method.prepare_on(self.model, dict(prompts.inputs), prompts.spans)
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or len(ids) != len(batch.rows):
             raise UnsupportedError(

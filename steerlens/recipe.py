@@ -170,7 +170,7 @@ def _read(content: bytes, source: str, *, fetched: bool = False) -> Recipe:
         data, lines = plainyaml.read(content)
     except plainyaml.PlainYamlError as error:
         raise RecipeError(f"{source}: {error}") from error
-    if fetched and isinstance(data, dict) and (file := _score_file(data.get("methods"))):
+    if fetched and isinstance(data, dict) and (file := _named_file(data.get("methods"))):
         raise RecipeError(
             f"{source}: {file!r:.200} is a file on this machine, which a recipe from the Hub may not read; "
             "its author must write the heads out, as Recipe.save does"
@@ -178,12 +178,12 @@ def _read(content: bytes, source: str, *, fetched: bool = False) -> Recipe:
     return Recipe.from_dict(data, source, lines)
 
 
-def _score_file(data: Any) -> str | None:
-    """The first score file that is named anywhere in plain data."""
+def _named_file(data: Any) -> str | None:
+    """The first file of scores or vectors that is named anywhere in plain data."""
     if isinstance(data, str):
-        return data if SCORE_FILE.search(data) else None
+        return data if SCORE_FILE.search(data) or data.strip().endswith(".safetensors") else None
     inside = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return next(filter(None, map(_score_file, inside)), None)
+    return next(filter(None, map(_named_file, inside)), None)
 
 
 def _kind(data: Any) -> str:
