@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -22,14 +23,22 @@ class What(StrEnum):
     recipes = "recipes"
     tasks = "tasks"
     jobs = "jobs"
+    metrics = "metrics"
 
 
 def listing(
     what: Annotated[What, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List methods, models, recipes, tasks or jobs."""
-    kinds = {What.methods: methods, What.models: models, What.recipes: recipes, What.tasks: tasks, What.jobs: jobs}
+    """List methods, models, recipes, tasks, jobs or metrics."""
+    kinds = {
+        What.methods: methods,
+        What.models: models,
+        What.recipes: recipes,
+        What.tasks: tasks,
+        What.jobs: jobs,
+        What.metrics: metrics,
+    }
     found = kinds[what]()
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
@@ -123,6 +132,17 @@ def jobs() -> list[dict[str, Any]]:
         }
         for name, job in loaded.items()
     ]
+
+
+def metrics() -> list[dict[str, Any]]:
+    """Every metric of tasks, with the output that it judges."""
+    registry = importlib.import_module("steerlens.evals.metrics")
+    found = [registry.get(name) for name in registry.names()]
+    return [{"name": m.name, "summary": _summary(m.function), "output": m.output} for m in found]
+
+
+def _summary(function: Any) -> str:
+    return " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
 
 def _shown(item: dict[str, Any]) -> list[str]:
