@@ -140,9 +140,10 @@ def test_dry_run_without_a_network(path, monkeypatch):
     assert plan["total"]["flops"] == pytest.approx(sum(t["flops"] for m in plan["models"] for t in m["tasks"]))
 
 
-def test_tiny_has_every_method_and_every_task_of_the_world():
-    job = Job.from_file(JOBS / "tiny.yaml")
-    assert {method.name for steering in job.steerings for method in steering.methods} == set(methods.names())
+def test_tiny_has_every_task_of_the_world_and_both_jobs_every_method():
+    job, more = Job.from_file(JOBS / "tiny.yaml"), Job.from_file(JOBS / "tiny-methods.yaml")
+    used = {method.name for entry in (*job.steerings, *more.steerings) for method in entry.methods}
+    assert used == set(methods.names())
     world = {name for name in own.names() if isinstance(own.load(name).data, World)}
     assert set(job.loaded) == world
     assert job.controls.random_heads > 0 and job.controls.neutral
