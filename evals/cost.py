@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from steerlens.evals.doc import Steering
 from steerlens.evals.job import Job, LmTask, ModelEntry, Shape
-from steerlens.evals.plan import Documents, Known, cut, know, lengths_of, steerings_of
+from steerlens.evals.plan import Documents, Known, check_all_run, cut, know, lengths_of, steerings_of
 
 from steerlens.errors import SteerlensError
 from steerlens.models import DTYPES
@@ -103,10 +104,12 @@ def estimate(job: Job) -> dict[str, Any]:
         ModelLoadError: for a model of which nothing is known.
     """
     documents, found, skipped = Documents(job), [], []
+    every: dict[str, list[Steering]] = {}
     for entry in job.models:
         known = know(entry, offline=True)
         per_task, without = steerings_of(job, entry, known.facts)
         skipped += without
+        every[entry.name] = [steering for of_task in per_task.values() for steering in of_task]
         dtype, declared = _dtype(entry, known)
         cost = ModelCost(
             entry.name, known.shape.parameters, dtype, Memory(_weights(entry, known.shape, dtype)), [], declared
@@ -114,6 +117,7 @@ def estimate(job: Job) -> dict[str, Any]:
         for name in job.loaded:
             cost.tasks.append(_task(job, name, len(per_task[name]), documents, known, _BYTES[dtype], cost.memory))
         found.append(cost)
+    check_all_run(job, every, skipped)
     models = [asdict(cost) | {"memory": {**asdict(cost.memory), "total": cost.memory.total}} for cost in found]
     tasks = [task for cost in found for task in cost.tasks]
     keys = ("batches", "forwards", "prompt_tokens", "new_tokens", "flops")

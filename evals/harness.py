@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlens.evals.harness_options import HarnessError
@@ -57,16 +58,21 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("lm_eval", "datasets", "evaluate"))
 
 
-def check(names: Sequence[str], include_path: str | None = None) -> None:
-    """Raise an error with exit code 2, naming the nearest, for a name that is no task, group, tag or YAML file.
+def check(names: Sequence[str], include_path: str | None = None) -> list[str]:
+    """The tasks that the names stand for, without those that a group defines for itself.
 
-    So does a task that two of the names hold, whose samples would be there twice.
     lm-eval's index of its own tasks is read only for names that `include_path` does not have.
+
+    Raises:
+        HarnessError: for a folder that is not there; for a name that is no task, group, tag or YAML file, with the
+            nearest; for a task that two of the names hold, whose samples would be there twice.
     """
     _require()
     from steerlens.evals import harness_tasks
 
-    harness_tasks.check(names, include_path)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise HarnessError(f"include_path {include_path!r} is no folder; give the one with the task files of lm-eval")
+    return harness_tasks.check(names, include_path)
 
 
 def run(

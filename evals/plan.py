@@ -337,7 +337,7 @@ def make(job: Job, documents: Documents, know: Callable[[ModelEntry], Known] = k
                     Batch(number, model.name, name, seed, ids, run)
                     for number, (ids, run) in enumerate(docs, len(batches))
                 ]
-    _check_all_run(job, every, skipped)
+    check_all_run(job, every, skipped)
     date = datetime.datetime.now().isoformat().replace(":", "-")
     return Plan(date, tuple(batches), every, tuple(skipped), digests)
 
@@ -397,7 +397,8 @@ def cut(
     return [tuple(sorted(batch)) for batch in found]
 
 
-def _check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Sequence[Mapping[str, str]]) -> None:
+def check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Sequence[Mapping[str, str]]) -> None:
+    """Raise `JobError` for a steering that is run on no task of any model."""
     planned = {steering.label for found in every.values() for steering in found}
     for entry in job.steerings:
         if not any(steering.label in planned for steering in entry.steerings()):
