@@ -108,8 +108,10 @@ def run(
         SteerlensError: before the run, where steering and task do not fit.
     """
     _require()
+    import lm_eval.evaluator
     from steerlens.evals import harness_tasks
     from steerlens.evals.harness_lm import SteerlensLM
+    from steerlens.evals.results import git_hash
 
     for key in entry:
         if key not in KEYS:
@@ -129,7 +131,8 @@ def run(
         )
         lm.name = name or lm.name
         chat = entry.get("apply_chat_template", False)
-        with _every_rank():
+        # lm-eval's own lets git complain on stderr outside a repository
+        with _every_rank(), _replaced(lm_eval.evaluator, "get_git_commit_hash", git_hash):
             results = harness_tasks.evaluate(
                 model=lm,
                 model_args={"pretrained": lm.name, "steering": steering.to_dict()},

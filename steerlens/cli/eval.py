@@ -395,6 +395,8 @@ def _finish(state: State, output: Path, as_json: bool, *, show_it: bool) -> int:
 
 
 def _show(summary: Mapping[str, Any]) -> None:
+    from steerlens.paired import UNSETTLED, unsettled
+
     several = len(summary["models"]) > 1
     found = [c for c in summary["comparisons"] if c["primary"] and c["role"] in ("method", "sweep")]
     columns = ["task", "metric", "steering", "n", "baseline", "steered", "difference [95 %]", "verdict"]
@@ -408,6 +410,8 @@ def _show(summary: Mapping[str, Any]) -> None:
         rows.append([c["model"], *row] if several else row)
     if rows:
         show.table(["model", *columns] if several else columns, rows)
+        if any(unsettled(c["verdict"], *c["difference"]["interval"]) for c in found):
+            typer.echo(UNSETTLED)
     else:
         show.note("nothing to compare: no steering has a document in common with the unsteered model")
     for control in summary["controls"]:
@@ -465,11 +469,15 @@ def _estimate(found: Mapping[str, Any], as_json: bool) -> int:
     for what, tasks in said.items():
         typer.echo(f"declared or assumed, not measured (--json says how): {what} of {', '.join(dict.fromkeys(tasks))}")
     total = found["total"]
-    without = f", without {', '.join(total['without'])}" if total["without"] else ""
-    typer.echo(
-        f"at most {total['flops']:.2e} floating-point operations in {total['forwards']:,} forwards of "
-        f"{total['batches']:,} batches{without}"
-    )
+    if total["batches"]:
+        without = [*total["without"], *(f"the new tokens of {name}" for name in total["without_new_tokens"])]
+        most = "" if total["without_new_tokens"] else "at most "
+        typer.echo(
+            f"{most}{total['flops']:.2e} floating-point operations in {total['forwards']:,} forwards of "
+            f"{total['batches']:,} batches{', without ' if without else ''}{', '.join(without)}"
+        )
+    else:
+        typer.echo(f"floating-point operations: unknown, as is the size of {', '.join(total['without'])}")
     for skipped in found["skipped"]:
         show.note(f"left out: {skipped['steering']} on {skipped['task']}: {skipped['why']}")
     return 0
