@@ -307,10 +307,17 @@ class TestPlan:
                 make(job, Documents(job))
 
     def test_a_recipe_must_fit_the_model(self, tmp_path):
-        job = job_of(tmp_path, JOB)
+        job = job_of(tmp_path, JOB.replace("[tiny]", "[tiny, {id: tiny, label: again}]"))
         other = controls.facts_of_shape("other", ModelEntry.model_validate(SHAPED).shape)
         with pytest.raises(JobError, match=r"'pasta-tiny' is made for tiny.*but other has 32.*models: "):
             planning.steerings_of(job, job.models[0], other)
+
+    def test_heads_must_fit_the_model(self):
+        """The steering is named, not a place in a recipe that does not hold them."""
+        methods = [PASTA(0.1, heads="9:1")]
+        job = Job.of(model={"id": "tiny"}, methods=methods, label="p", made_for=None, tasks=[{"task": "conflict"}])
+        with pytest.raises(JobError, match=r"^steering 'p': .*heads: layer 9 is out of range; .* 0\.\.5$"):
+            make(job, Documents(job))
 
     def test_documents_that_have_changed(self, made):
         job, plan = made
@@ -552,6 +559,8 @@ class TestCost:
         assert (own["documents"], own["batches"], own["steerings"]) == (64, 4, 2)
         assert own["new_tokens"] == 64 * new * 2 and own["forwards"] == 4 * new * 2
         assert own["flops"] > 2 * 8.03e9 * (own["prompt_tokens"] + own["new_tokens"])
+        # what lm-eval lets a model generate is not known: never counted as none
+        assert other["new_tokens"] is None and cost.estimate(job)["total"]["without_new_tokens"] == ["boolq"]
         assert (other["documents"], other["prompt_tokens"], other["batches"]) == (500, 500 * 150 * 2, 2 * 0 + 32)
         assert any("the job's shape" in line for line in model["declared"])
         assert any("declared by the job" in line for line in other["declared"]) and own["declared"]
@@ -561,7 +570,9 @@ class TestCost:
         found = cost.estimate(Job.from_dict(self.data(tasks=[{"lm_eval": "boolq"}])))
         (task,) = found["models"][0]["tasks"]
         assert task["flops"] is task["batches"] is None and found["total"]["without"] == ["boolq"]
-        assert task["declared"] == ["documents and prompt tokens: unknown; the task declares none"]
+        assert task["declared"] == [
+            "documents and prompt tokens: unknown; the task declares none; give rows and tokens in its job entry"
+        ]
 
     def test_a_steering_that_is_run_nowhere(self):
         """A dry run refuses what a run refuses."""

@@ -297,7 +297,7 @@ class TestTables:
             (("columns: [text,", "columns: [txt,"), r"rows.jsonl has no column 'txt'; it has text, label, kind, n; "),
             (("where: {kind", "where: {knd"), r"rows.jsonl has no column 'knd'; .* did you mean 'kind'"),
             (("where: {kind: film", "where: {kind: play"), r"no row of .*rows.jsonl fits where: {'kind': 'play'}"),
-            (("; {{ text }} ->\"", "; {{ txet }} ->\""), r"rows.jsonl:\d+: template '.*': 'txet' is undefined; there are "),
+            (("; {{ text }} ->\"", "; {{ txet }} ->\""), r"rows.jsonl:\d+: template '.*': 'txet' is undefined; there"),
             (("1: positive", "2: positive"), r"map has no entry for 'label' 1; it has 0, 2"),
             (("choices: [neg", "choices: [nag"), r"rows.jsonl:\d+: the answer 'negative' must be one of at least two"),
             (("emphasis: [\"", "emphasis: [\"a "), r"rows.jsonl:\d+: span 'emphasis': the text 'a film .* is not in"),
