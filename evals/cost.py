@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from steerlens.evals.doc import Steering
 from steerlens.evals.job import Job, LmTask, ModelEntry, Shape
-from steerlens.evals.plan import Documents, Known, cut, know, lengths_of, steerings_of
+from steerlens.evals.plan import Documents, Known, check_all_run, cut, know, lengths_of, steerings_of
 
 from steerlens.errors import SteerlensError
 from steerlens.models import DTYPES
@@ -34,7 +35,7 @@ class TaskCost:
         longest: tokens of the longest prompt.
         forwards: passes through the model, at most: every answer as long as allowed, nothing shared.
         prompt_tokens: that are read, at most.
-        new_tokens: that are generated, at most.
+        new_tokens: that are generated, at most; None for a task of lm-eval, where the other figures leave them out.
         flops: two per parameter and token, and attention; at most.
         declared: which of these rest on what is declared, and by whom.
     """
@@ -103,10 +104,12 @@ def estimate(job: Job) -> dict[str, Any]:
         ModelLoadError: for a model of which nothing is known.
     """
     documents, found, skipped = Documents(job), [], []
+    every: dict[str, list[Steering]] = {}
     for entry in job.models:
         known = know(entry, offline=True)
         per_task, without = steerings_of(job, entry, known.facts)
         skipped += without
+        every[entry.name] = [steering for of_task in per_task.values() for steering in of_task]
         dtype, declared = _dtype(entry, known)
         cost = ModelCost(
             entry.name, known.shape.parameters, dtype, Memory(_weights(entry, known.shape, dtype)), [], declared
@@ -114,17 +117,20 @@ def estimate(job: Job) -> dict[str, Any]:
         for name in job.loaded:
             cost.tasks.append(_task(job, name, len(per_task[name]), documents, known, _BYTES[dtype], cost.memory))
         found.append(cost)
+    check_all_run(job, every, skipped)
     models = [asdict(cost) | {"memory": {**asdict(cost.memory), "total": cost.memory.total}} for cost in found]
     tasks = [task for cost in found for task in cost.tasks]
     keys = ("batches", "forwards", "prompt_tokens", "new_tokens", "flops")
     total = {key: sum(getattr(task, key) or 0 for task in tasks) for key in keys}
-    unknown = [f"{task.task}" for task in tasks if task.flops is None]
+    unknown = [task.task for task in tasks if task.flops is None]
+    uncounted = [task.task for task in tasks if task.flops is not None and task.new_tokens is None]
     return {
         "schema": 1,
         "name": job.name,
         "fingerprint": job.fingerprint,
         "models": models,
-        "total": total | {"without": list(dict.fromkeys(unknown))},
+        "total": total
+        | {"without": list(dict.fromkeys(unknown)), "without_new_tokens": list(dict.fromkeys(uncounted))},
         "skipped": skipped,
     }
 
@@ -159,7 +165,7 @@ def _task(
         return TaskCost(name, rows, steerings, declared=declared)
     shape, new = known.shape, 0 if isinstance(task, LmTask) or task.output == "choices" else task.max_new_tokens
     if isinstance(task, LmTask):
-        declared.append("new tokens: unknown for a task of lm-eval, counted as none")
+        declared.append("new tokens: unknown for a task of lm-eval; operations are of its prompts alone")
     cost = TaskCost(name, sum(map(len, draws)), steerings, 0, 0, 0, 0, 0, 0.0, declared)
     batches = [
         [docs[i] for i in batch]
@@ -169,6 +175,8 @@ def _task(
     for batch in batches:
         _add(cost, batch, new, shape)
         _fit(memory, batch, new, shape, width, steered=steerings > 1)
+    if isinstance(task, LmTask):
+        cost.new_tokens = None
     cost.batches = len(batches)
     cost.longest = max(doc.length for docs in draws for doc in docs)
     return cost
@@ -216,7 +224,8 @@ def _draws(job: Job, name: str, documents: Documents, known: Known, declared: li
     count = min((n for n in (rows, limit) if n is not None), default=None)
     if count is None or tokens is None:
         lacking = " and ".join(w for w, v in (("documents", count), ("prompt tokens", tokens)) if v is None)
-        declared.append(f"{lacking}: unknown; the task declares none")
+        where = "; give rows and tokens in its job entry" if isinstance(task, LmTask) else ""
+        declared.append(f"{lacking}: unknown; the task declares none{where}")
         return None
     by = "the job" if isinstance(task, LmTask) else "the task"
     declared.append(f"documents and prompt tokens: declared by {by} ({rows} and {tokens}, limit {limit})")

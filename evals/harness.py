@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlens.evals.harness_options import HarnessError
@@ -57,16 +58,21 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("lm_eval", "datasets", "evaluate"))
 
 
-def check(names: Sequence[str], include_path: str | None = None) -> None:
-    """Raise an error with exit code 2, naming the nearest, for a name that is no task, group, tag or YAML file.
+def check(names: Sequence[str], include_path: str | None = None) -> list[str]:
+    """The tasks that the names stand for, without those that a group defines for itself.
 
-    So does a task that two of the names hold, whose samples would be there twice.
     lm-eval's index of its own tasks is read only for names that `include_path` does not have.
+
+    Raises:
+        HarnessError: for a folder that is not there; for a name that is no task, group, tag or YAML file, with the
+            nearest; for a task that two of the names hold, whose samples would be there twice.
     """
     _require()
     from steerlens.evals import harness_tasks
 
-    harness_tasks.check(names, include_path)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise HarnessError(f"include_path {include_path!r} is no folder; give the one with the task files of lm-eval")
+    return harness_tasks.check(names, include_path)
 
 
 def run(
@@ -102,8 +108,10 @@ def run(
         SteerlensError: before the run, where steering and task do not fit.
     """
     _require()
+    import lm_eval.evaluator
     from steerlens.evals import harness_tasks
     from steerlens.evals.harness_lm import SteerlensLM
+    from steerlens.evals.results import git_hash
 
     for key in entry:
         if key not in KEYS:
@@ -123,7 +131,8 @@ def run(
         )
         lm.name = name or lm.name
         chat = entry.get("apply_chat_template", False)
-        with _every_rank():
+        # lm-eval's own lets git complain on stderr outside a repository
+        with _every_rank(), _replaced(lm_eval.evaluator, "get_git_commit_hash", git_hash):
             results = harness_tasks.evaluate(
                 model=lm,
                 model_args={"pretrained": lm.name, "steering": steering.to_dict()},

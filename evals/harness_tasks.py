@@ -131,8 +131,8 @@ def evaluate(model: Any, *args: Any, log_samples: bool = True, **kwargs: Any) ->
     return dict(results)
 
 
-def check(names: Sequence[str], include_path: Any = None) -> None:
-    """Raise `HarnessError` for a name that is no task, group, tag or YAML file, and for a task that two names hold."""
+def check(names: Sequence[str], include_path: Any = None) -> list[str]:
+    """The tasks that the names stand for; see `harness.check`."""
     tasks = Tasks(include_path=include_path)
     owners: dict[str, str] = {}
     for name in names:
@@ -141,6 +141,7 @@ def check(names: Sequence[str], include_path: Any = None) -> None:
         for task in sorted(tasks.leaves(name)):
             if (other := owners.setdefault(task, name)) != name:
                 raise HarnessError(f"{other!r} and {name!r} both hold the task {task!r}: leave one of them out")
+    return list(owners)
 
 
 @functools.lru_cache(maxsize=8)

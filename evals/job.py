@@ -448,7 +448,7 @@ class Job(Part):
         entries = [steering] if methods else []
         name = " ".join(filter(None, (label or " + ".join(m.name for m in methods) or BASELINE, str(model["id"]))))
         data = {"schema": 1, "name": name, "models": [model], "steerings": entries, "tasks": tasks, **settings}
-        return cls.from_dict(data, "options")
+        return cls.from_dict(data, "")
 
     def _resolved(self, source: str, lines: plainyaml.Lines) -> Self:
         problems, entries = [], []
@@ -469,22 +469,22 @@ class Job(Part):
             except SteerlensError as error:
                 if getattr(error, "exit_code", 2) != 2:
                     raise
-                problems.append(f"{where}: {error}")
+                problems.append(f"{where}{error}")
             except ValueError as error:
-                problems.append(f"{where}: {error}")
+                problems.append(f"{where}{error}")
         seen: dict[str, str] = {}
         for index, model in enumerate(self.models):
             if seen.setdefault(slug(model.name).lower(), model.name) != model.name or index != [
                 m.name for m in self.models
             ].index(model.name):
                 problems.append(
-                    f"{_where(source, lines, ('models', index))}: the name {model.name!r} is there twice; "
+                    f"{_where(source, lines, ('models', index))}the name {model.name!r} is there twice; "
                     "give one of them a 'label'"
                 )
             try:
                 _check_length("name", model.name)
             except ValueError as error:
-                problems.append(f"{_where(source, lines, ('models', index))}: {error}")
+                problems.append(f"{_where(source, lines, ('models', index))}{error}")
         problems += self._unknown_names(source, lines, entries)
         if problems:
             raise JobError("\n".join(problems[:_MOST_PROBLEMS]))
@@ -518,7 +518,7 @@ class Job(Part):
             if figure.model is not None:
                 asked.append((("published", index, "model"), figure.model, known))
         return [
-            f"{_where(source, lines, place)}: {name!r} is not in this job; it has {', '.join(names)}"
+            f"{_where(source, lines, place)}{name!r} is not in this job; it has {', '.join(names)}"
             f"{nearest(name, names)}"
             for place, name, names in asked
             if name not in names
@@ -536,7 +536,7 @@ class Job(Part):
         found: dict[str, Task | LmTask] = {}
         for index, entry in enumerate(self.tasks):
             task: Task | LmTask
-            place = f"{_where(self._source, self._lines, ('tasks', index))}: "
+            place = _where(self._source, self._lines, ("tasks", index))
             if entry.lm_eval is not None:
                 task = LmTask(entry)
             else:
@@ -552,9 +552,18 @@ class Job(Part):
                 )
             found[task.name] = task
         try:
-            self._check_lm_eval([task for task in found.values() if isinstance(task, LmTask)])
+            members = self._check_lm_eval([task for task in found.values() if isinstance(task, LmTask)])
         except SteerlensError as error:
-            raise JobError(f"{self._source}: {error}") from error
+            raise JobError(f"{_where(self._source, {}, ())}{error}") from error
+        files: dict[str, str] = {}
+        written = {name: index for index, name in enumerate(found)}
+        for name in dict.fromkeys([*found, *members]):
+            if (other := files.setdefault(slug(name).lower(), name)) != name:
+                path: tuple[str | int, ...] = ("tasks", written[name]) if name in written else ()
+                raise JobError(
+                    f"{_where(self._source, self._lines, path)}the tasks {other!r} and {name!r} would share the file "
+                    f"samples_{slug(name)} (letters, digits and '.=+-' tell names apart); rename one of them"
+                )
         names = {entry.task: task.name for entry, task in zip(self.tasks, found.values(), strict=True)}
         for steering in self.steerings:
             for name in steering.tasks or ():
@@ -577,13 +586,16 @@ class Job(Part):
         return replace(task, **changed) if changed else task
 
     @staticmethod
-    def _check_lm_eval(tasks: Sequence[LmTask]) -> None:
+    def _check_lm_eval(tasks: Sequence[LmTask]) -> list[str]:
+        """The tasks that the names stand for."""
         if not tasks:
-            return
+            return []
         from steerlens.evals import harness
 
+        found: list[str] = []
         for folder in dict.fromkeys(task.entry.include_path for task in tasks):
-            harness.check([task.name for task in tasks if task.entry.include_path == folder], folder)
+            found += harness.check([task.name for task in tasks if task.entry.include_path == folder], folder)
+        return found
 
     def limit_of(self, name: str) -> int | None:
         """Most documents of a task per seed."""
@@ -705,10 +717,11 @@ def explain(error: ValidationError, source: str, lines: plainyaml.Lines) -> str:
         elif problem["type"] != "value_error":
             text = f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{place[:200]}: {text[:1000]}")
-        found.append(f"{_where(source, lines, path)}: {shown}")
+        found.append(f"{_where(source, lines, path)}{shown}")
     return "\n".join(found)
 
 
 def _where(source: str, lines: plainyaml.Lines, path: tuple[str | int, ...]) -> str:
+    """What a message begins with; nothing for a job that comes from options."""
     line = next((lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in lines), None)
-    return f"{source}:{line}" if line else source
+    return f"{source}:{line}: " if line else f"{source}: " if source else ""

@@ -273,7 +273,7 @@ def steerings_of(
             continue
         found = entry.steerings()
         for steering in found:
-            _check_fits(entry, steering, facts)
+            _check_fits(entry, steering, facts, several=len(job.models) > 1)
         if entry.sweep is None:
             extra, without = controls.of(found[0], job.controls, facts, job.seeds[0])
             found += extra
@@ -290,21 +290,31 @@ def steerings_of(
     return per_task, skipped
 
 
-def _check_fits(entry: SteeringEntry, steering: Steering, facts: ModelFacts) -> None:
+def _check_fits(entry: SteeringEntry, steering: Steering, facts: ModelFacts, *, several: bool) -> None:
     made_for = entry.made_for or {"id": facts.name}
     try:
         Recipe.from_dict(
             {"schema": 1, "name": steering.label, "model": made_for, "methods": list(steering.methods)}
         ).check(facts)
     except SteerlensError as error:
-        raise JobError(f"{error}; or list the models that it is for: models: […]") from error
+        text = str(error).removeprefix(f"recipe {steering.label!r}: ")
+        elsewhere = "; or list the models that it is for: models: […]" if several else ""
+        raise JobError(f"steering {steering.label!r}: {text}{elsewhere}") from error
 
 
 def _cannot(steering: Steering, task: Task | LmTask) -> str | None:
     for method in steering.methods:
         if missing := [group for group in method.needs if group not in task.groups]:
             has = ", ".join(sorted(task.groups)) or "none"
-            return f"{method.name} needs the span group {', '.join(missing)}, and {task.name} has {has}"
+            why = f"{method.name} needs the span group {', '.join(missing)}, and {task.name} has {has}"
+            if not isinstance(task, LmTask):
+                return why
+            tags = "em" if missing == ["emphasis"] else ";".join(f"{group}:{group}" for group in missing)
+            first = tags.partition(":")[0]
+            return (
+                f"{why}: mark it in the task's template as <{first}>…</{first}> and name the tag, by 'tags: {tags}' in "
+                f"its job entry or --task-set '{task.name}.tags={tags}'"
+            )
     return None
 
 
@@ -337,7 +347,7 @@ def make(job: Job, documents: Documents, know: Callable[[ModelEntry], Known] = k
                     Batch(number, model.name, name, seed, ids, run)
                     for number, (ids, run) in enumerate(docs, len(batches))
                 ]
-    _check_all_run(job, every, skipped)
+    check_all_run(job, every, skipped)
     date = datetime.datetime.now().isoformat().replace(":", "-")
     return Plan(date, tuple(batches), every, tuple(skipped), digests)
 
@@ -397,7 +407,8 @@ def cut(
     return [tuple(sorted(batch)) for batch in found]
 
 
-def _check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Sequence[Mapping[str, str]]) -> None:
+def check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Sequence[Mapping[str, str]]) -> None:
+    """Raise `JobError` for a steering that is run on no task of any model."""
     planned = {steering.label for found in every.values() for steering in found}
     for entry in job.steerings:
         if not any(steering.label in planned for steering in entry.steerings()):

@@ -259,10 +259,11 @@ def origin() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return {"versions": versions, "git_hash": _git_hash()}
+    return {"versions": versions, "git_hash": git_hash()}
 
 
-def _git_hash() -> str | None:
+def git_hash() -> str | None:
+    """Of the working directory; None outside git."""
     try:
         found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -9,6 +10,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -17,6 +19,7 @@ from steerlens.evals.world.generators import GENERATORS, Generator, Item
 
 from steerlens import plainyaml
 from steerlens.errors import SteerlensError, nearest
+from steerlens.examples import ExampleError, objects
 from steerlens.recipe_schema import Part, explain
 
 KINDS = ("world", "hub", "file")
@@ -155,6 +158,20 @@ class Table:
         named = f"{self.spec.hub} ({self.spec.config})" if self.spec.config else self.spec.hub
         return f"{named}, split {(shots and self.spec.shots_split) or self.spec.split!r}"
 
+    def at(self, index: int, *, shots: bool = False) -> str:
+        """Where a row stands, for messages: "file:line", or the dataset and the row from 0."""
+        place = self.named(shots=shots)
+        if isinstance(self.spec, File):
+            lines = self._lines.get(place) or self._lines.setdefault(place, _filled(Path(place)))
+            if index < len(lines):
+                return f"{place}:{lines[index]}"
+        return f"{place}, row {index}"
+
+    @cached_property
+    def _lines(self) -> dict[str, list[int]]:
+        """Per file the lines where its documents stand."""
+        return {}
+
     @property
     def apart(self) -> bool:
         """Whether demonstrations come from other rows than documents."""
@@ -213,6 +230,10 @@ class Table:
         except TaskError:
             raise
         except Exception as error:  # pyarrow's, pandas' and datasets' own
+            try:
+                collections.deque(objects(path), maxlen=0)
+            except ExampleError as found:  # which says where it is
+                raise TaskError(str(found)) from error
             raise TaskError(f"{path} is no JSONL file with an object a line: {_line(error)}") from error
 
 
@@ -288,6 +309,11 @@ def require(columns: Sequence[str], rows: Rows, place: str, task: str) -> None:
                 f"task {task!r}: {place} has no column {column!r}; it has {', '.join(rows.column_names)}"
                 f"{nearest(str(column), rows.column_names)}"
             )
+
+
+def _filled(path: Path) -> list[int]:
+    with path.open(encoding="utf-8") as stream:
+        return [number for number, line in enumerate(stream, 1) if line.strip()]
 
 
 def _datasets() -> Any:

@@ -246,11 +246,11 @@ class Task:
             if row is None:
                 continue
             try:
-                doc = self._doc(row, shown.of(index), seed, len(found), f"{self.data.place} row {index}")
+                doc = self._doc(row, shown.of(index), seed, len(found), self.data.at(index))
             except ValueError as error:
                 if isinstance(error, TaskError):
                     raise
-                raise TaskError(f"task {self.name!r}: {self.data.place}, row {index}: {error}") from None
+                raise TaskError(f"task {self.name!r}: {self.data.at(index)}: {error}") from None
             found.setdefault(doc.prompt_hash, doc)
         if not found:
             raise TaskError(f"task {self.name!r}: no row of {self.data.place} fits where: {self.spec.where}")
@@ -280,7 +280,7 @@ class Task:
         for column, wanted in self.spec.where.items():
             if row[column] not in (wanted if isinstance(wanted, list) else [wanted]):
                 return None
-        place = f"task {self.name!r}: {self.data.named(shots=shots)}, row {index}"
+        place = f"task {self.name!r}: {self.data.at(index, shots=shots)}"
         for column, values in self.spec.map.items():
             if not isinstance(row[column], str | int | float | None) or row[column] not in values:
                 raise TaskError(

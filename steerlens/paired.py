@@ -141,6 +141,17 @@ def sign(difference: Difference) -> str:
     return "better" if difference.mean > 0 else "worse"
 
 
+UNSETTLED = (
+    "Within noise although the interval excludes 0: the test (exact McNemar for outcomes of 0 and 1, else sign-flip) "
+    "does not reject, after Holm's correction for the number of tasks."
+)
+
+
+def unsettled(verdict: str, low: float | None, high: float | None) -> bool:
+    """Whether a verdict is "within noise" although the interval excludes 0, which `UNSETTLED` explains."""
+    return verdict == "within noise" and low is not None and high is not None and not low <= 0 <= high
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """Adjust p values for being several, in the given order (Holm 1979).
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from steerlens.cli import app
 from steerlens.cli.compare import COLUMNS
-from steerlens.paired import difference, holm
+from steerlens.paired import UNSETTLED, difference, holm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -399,6 +399,15 @@ class TestCommand:
         assert lines[7].startswith("one: follows 0.200 → 0.833 on 30 documents, a difference of +0.633 [+0.")
         assert lines[7].endswith("p = 2.1e-05, 4.2e-05 after Holm's correction for 2 tests: better.")
         assert lines[8].startswith("two: follows 0.200 → 0.233") and "within noise" in lines[8]
+
+    def test_noise_whose_interval_excludes_0_is_explained(self, pair, tmp_path):
+        """Five of five better: the exact test cannot reject, p = 2/32, though the interval lies above 0."""
+        folders, output = pair({"t": outcomes(5, 0, 0, 0), "u": outcomes(3, 2, 0, 0)}), tmp_path / "c.md"
+        found = self.ran(*folders, "--output", output)
+        assert re.search(r"\+1.000 \[\+0\.\d+, \+1.000\] .* within noise\n", found.stdout)
+        assert f"note: {UNSETTLED}" in found.stdout and f"- {UNSETTLED}" in output.read_text()
+        both_sides = self.ran(*folders, "--task", "u")
+        assert "within noise" in both_sides.stdout and UNSETTLED not in both_sides.stdout
 
     def test_json_and_markdown(self, pair, tmp_path):
         folders, output = pair({"one": outcomes(20, 1, 5, 4), "two": outcomes(2, 1, 5, 22)}), tmp_path / "c.md"

@@ -156,6 +156,24 @@ class TestResults:
         )
 
 
+class TestFailing:
+    @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval")
+    def test_nothing_is_kept_where_nothing_ran(self, tmp_path):
+        """A task of lm-eval without its data: looked for once, and no word of batches to go on from."""
+        (tmp_path / "lost.yaml").write_text(
+            "{task: lost, dataset_path: json, dataset_kwargs: {data_files: {test: nowhere.json}}, test_split: test, "
+            "output_type: generate_until, doc_to_text: '{{q}}', doc_to_target: '{{a}}', "
+            "metric_list: [{metric: exact_match}]}"
+        )
+        options = ["--method", "zerotuning", "--set", "gamma=2", "--tasks", "lost", "--include-path", tmp_path]
+        said = call(*options, "--output", tmp_path / "out", code=1).stderr
+        assert "nowhere.json" in said and "--resume" not in said and said.count("looking for") == 1
+        found = call(*options, "--dry-run").stdout
+        assert "operations: unknown, as is the size of lost" in found and "at most" not in found
+        missing = call(*options[:-1], tmp_path / "nowhere", "--dry-run", code=2).stderr
+        assert f"--include-path {tmp_path / 'nowhere'} is no folder" in missing
+
+
 class TestWorkers:
     def test_shards(self, whole, job, tmp_path):
         """Shards in any order, and one process for what is missing: the same rows as from one process alone."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from steerlens.evals import harness
+from steerlens.evals import cost, harness
 from steerlens.evals.doc import Steering
 from steerlens.evals.evaluate import Evaluation, Options
 from steerlens.evals.folder import Worker
@@ -23,7 +23,7 @@ from steerlens.evals.world.tasks import sample
 
 import steerlens
 from steerlens import caches, models
-from steerlens.errors import MethodError, RecipeError, SpanError
+from steerlens.errors import MethodError, RecipeError, SpanError, SteerlensError
 from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
 from steerlens.methods.base import DecodingMethod, PromptMethod
 from steerlens.recipe import load_recipe
@@ -468,7 +468,39 @@ def test_a_group_of_groups_runs_each_task_once(run):
 def test_a_task_that_two_names_hold_is_refused(folder):
     with pytest.raises(HarnessError, match="'say_plain' and 'nested' both hold the task 'say_plain'"):
         harness.check(["say_plain", "nested"], str(folder))
-    harness.check(["both", "text", "choose_tagged"], str(folder))
+    found = harness.check(["both", "text", "choose_tagged"], str(folder))
+    assert sorted(found) == ["choose_plain", "choose_tagged", "say_plain", "text"]
+
+
+def test_a_member_of_a_group_shares_no_file(folder, tmp_path):
+    text = (ROOT / "evals/tasks/conflict.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text.replace("task: conflict", "task: say plain"))
+    tasks = [str(tmp_path / "own.yaml"), {"lm_eval": "both", "include_path": str(folder)}]
+    job = {"schema": 1, "name": "j", "models": ["tiny"], "tasks": tasks}
+    with pytest.raises(SteerlensError, match="the tasks 'say plain' and 'say_plain' would share the file") as error:
+        assert Job.from_dict(job).loaded
+    assert error.value.exit_code == 2
+
+
+def test_a_folder_that_is_not_there_is_named(folder):
+    with pytest.raises(HarnessError, match=r"include_path '.*nowhere' is no folder"):
+        harness.check(["both"], str(folder / "nowhere"))
+
+
+def test_git_stays_silent_outside_a_repository(run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    results, _ = run("say_plain")
+    assert "fatal" not in capfd.readouterr().err and results["git_hash"] is None
+
+
+def test_a_steering_without_spans_is_told_how_to_mark_them(folder):
+    pasta = {"label": "p", "methods": list(PASTA_TINY)}
+    tasks = [{"lm_eval": "say_tagged", "include_path": str(folder)}]
+    job = {"schema": 1, "name": "j", "models": ["tiny"], "steerings": [pasta], "tasks": tasks}
+    with pytest.raises(SteerlensError, match=r"<em>…</em> .*'tags: em' in its job entry or --task-set 'say_tagged.ta"):
+        cost.estimate(Job.from_dict(job))
+    found = cost.estimate(Job.from_dict(job | {"tasks": [tasks[0] | {"tags": "em"}]}))
+    assert not found["skipped"] and found["total"]["without"] == ["say_tagged"]
 
 
 def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):

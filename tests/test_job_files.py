@@ -260,9 +260,12 @@ def test_slurm_passes_sigterm_on_and_queues_again(cluster):
     assert _calls(cluster)[1:] == ["scontrol requeue 77_2"]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_slurm_passes_shellcheck():
-    assert subprocess.run(["shellcheck", str(SLURM)], capture_output=True, text=True).stdout == ""
+    assert subprocess.run([SHELLCHECK, str(SLURM)], capture_output=True, text=True).stdout == ""
 
 
 @pytest.mark.full

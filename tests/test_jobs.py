@@ -126,6 +126,22 @@ class TestSchema:
                 assert one.loaded
         assert said in str(caught.value) and caught.value.exit_code == 2
 
+    @pytest.mark.parametrize("other", ["codes v1", "codes_v1🙂", "Codes_v1"])
+    def test_tasks_of_one_file(self, tmp_path, other):
+        """Names that a file name does not tell apart are refused, before one's samples replace the other's."""
+        text = (ROOT / "evals/tasks/conflict.yaml").read_text()
+        for number, name in enumerate(("codes_v1", other)):
+            (tmp_path / f"{number}.yaml").write_text(text.replace("task: conflict", f"task: {name}"))
+        own = JOB.replace("task: conflict", "task: 0.yaml").replace("task: memory", "task: 1.yaml")
+        with pytest.raises(JobError, match=rf"job.yaml:9: the tasks 'codes_v1' and '{other}' would share") as caught:
+            assert job_of(tmp_path, own).loaded
+        assert caught.value.exit_code == 2
+
+    def test_options_have_no_line(self):
+        """What comes from options is not blamed on a file called "options"."""
+        with pytest.raises(JobError, match=r"^models\[0\].id: 'tinny' is neither"):
+            Job.of(model={"id": "tinny"}, methods=[], label=None, made_for=None, tasks=[{"task": "conflict"}])
+
     def test_round_trip(self, tmp_path):
         """A job read back from its own description is the same, and one other value makes it another."""
         job = job_of(tmp_path, JOB)
@@ -291,10 +307,17 @@ class TestPlan:
                 make(job, Documents(job))
 
     def test_a_recipe_must_fit_the_model(self, tmp_path):
-        job = job_of(tmp_path, JOB)
+        job = job_of(tmp_path, JOB.replace("[tiny]", "[tiny, {id: tiny, label: again}]"))
         other = controls.facts_of_shape("other", ModelEntry.model_validate(SHAPED).shape)
         with pytest.raises(JobError, match=r"'pasta-tiny' is made for tiny.*but other has 32.*models: "):
             planning.steerings_of(job, job.models[0], other)
+
+    def test_heads_must_fit_the_model(self):
+        """The steering is named, not a place in a recipe that does not hold them."""
+        methods = [PASTA(0.1, heads="9:1")]
+        job = Job.of(model={"id": "tiny"}, methods=methods, label="p", made_for=None, tasks=[{"task": "conflict"}])
+        with pytest.raises(JobError, match=r"^steering 'p': .*heads: layer 9 is out of range; .* 0\.\.5$"):
+            make(job, Documents(job))
 
     def test_documents_that_have_changed(self, made):
         job, plan = made
@@ -523,7 +546,7 @@ class TestCost:
 
     def test_without_the_model(self, monkeypatch):
         """An 8B model that is not here: sizes from its shape, lengths as declared, by formulas that can be checked."""
-        monkeypatch.setattr(Job, "_check_lm_eval", staticmethod(lambda tasks: None))
+        monkeypatch.setattr(Job, "_check_lm_eval", staticmethod(lambda tasks: []))
         job = Job.from_dict(self.data(limit=64, batch_size=16))
         (model,) = cost.estimate(job)["models"]
         own, other = model["tasks"]
@@ -536,16 +559,26 @@ class TestCost:
         assert (own["documents"], own["batches"], own["steerings"]) == (64, 4, 2)
         assert own["new_tokens"] == 64 * new * 2 and own["forwards"] == 4 * new * 2
         assert own["flops"] > 2 * 8.03e9 * (own["prompt_tokens"] + own["new_tokens"])
+        # what lm-eval lets a model generate is not known: never counted as none
+        assert other["new_tokens"] is None and cost.estimate(job)["total"]["without_new_tokens"] == ["boolq"]
         assert (other["documents"], other["prompt_tokens"], other["batches"]) == (500, 500 * 150 * 2, 2 * 0 + 32)
         assert any("the job's shape" in line for line in model["declared"])
         assert any("declared by the job" in line for line in other["declared"]) and own["declared"]
 
     def test_unknown_figures_are_not_made_up(self, monkeypatch):
-        monkeypatch.setattr(Job, "_check_lm_eval", staticmethod(lambda tasks: None))
+        monkeypatch.setattr(Job, "_check_lm_eval", staticmethod(lambda tasks: []))
         found = cost.estimate(Job.from_dict(self.data(tasks=[{"lm_eval": "boolq"}])))
         (task,) = found["models"][0]["tasks"]
         assert task["flops"] is task["batches"] is None and found["total"]["without"] == ["boolq"]
-        assert task["declared"] == ["documents and prompt tokens: unknown; the task declares none"]
+        assert task["declared"] == [
+            "documents and prompt tokens: unknown; the task declares none; give rows and tokens in its job entry"
+        ]
+
+    def test_a_steering_that_is_run_nowhere(self):
+        """A dry run refuses what a run refuses."""
+        pasta = {"label": "p", "methods": [{"method": "pasta", "alpha": 0.1, "heads": {"0": [1]}}]}
+        with pytest.raises(JobError, match="steering 'p' is run on no task: pasta needs the span group emphasis"):
+            cost.estimate(Job.from_dict(self.data(tasks=["memory"], steerings=[pasta])))
 
     def test_nothing_known(self):
         with pytest.raises(models.ModelLoadError, match="give its 'shape' in the job for a dry run"):

@@ -21,6 +21,9 @@ from steerlens.evals import report
 from steerlens.evals.report import charts, markdown, view
 from steerlens.evals.report.view import ReportError
 
+from steerlens.cli.eval import _show as show_table
+from steerlens.paired import UNSETTLED
+
 SCREENS = {"phone": (390, 844), "desk": (1440, 900)}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "link", "br", "img", "col", "hr", "input"}
@@ -109,6 +112,15 @@ class TestContents:
             assert any(all(part in row for part in wanted) for row in rows), wanted
             wanted += [entry["task"], entry["metric"], *([entry["model"]] if len(summary["models"]) > 1 else [])]
             assert any(all(part in line for part in wanted) for line in lines), wanted
+
+    def test_noise_whose_interval_excludes_0_is_explained(self, capsys):
+        """By the table of the command line and by that of report.md, and only then."""
+        plain, summary = smallest(), smallest()
+        summary["comparisons"][0]["difference"] |= {"mean": 1.0, "interval": [0.07, 1.0]}
+        for one, told in ((plain, False), (summary, True)):
+            show_table(one)
+            assert (UNSETTLED in capsys.readouterr().out) is told
+            assert (UNSETTLED in markdown.render(view.Report(one))) is told
 
     def test_the_words_on_top(self, full):
         summary, page, text = full

@@ -297,10 +297,10 @@ class TestTables:
             (("columns: [text,", "columns: [txt,"), r"rows.jsonl has no column 'txt'; it has text, label, kind, n; "),
             (("where: {kind", "where: {knd"), r"rows.jsonl has no column 'knd'; .* did you mean 'kind'"),
             (("where: {kind: film", "where: {kind: play"), r"no row of .*rows.jsonl fits where: {'kind': 'play'}"),
-            (("; {{ text }} ->\"", "; {{ txet }} ->\""), r"row \d+: template '.*': 'txet' is undefined; there are "),
+            (("; {{ text }} ->\"", "; {{ txet }} ->\""), r"rows.jsonl:\d+: template '.*': 'txet' is undefined; there"),
             (("1: positive", "2: positive"), r"map has no entry for 'label' 1; it has 0, 2"),
-            (("choices: [neg", "choices: [nag"), r"row \d+: the answer 'negative' must be one of at least two"),
-            (("emphasis: [\"", "emphasis: [\"a "), r"row \d+: span 'emphasis': the text 'a film .* is not in"),
+            (("choices: [neg", "choices: [nag"), r"rows.jsonl:\d+: the answer 'negative' must be one of at least two"),
+            (("emphasis: [\"", "emphasis: [\"a "), r"rows.jsonl:\d+: span 'emphasis': the text 'a film .* is not in"),
             (("count: 4", "count: 20"), r"20 shots are asked for, there are 19 rows for them"),
             (("{{ shots }}; {{ text }} ->", "{{ text ** 9 }}"), r"\*\* is allowed in templates only to multiply"),
             (("{{ shots }}; {{ text }} ->", "{{ n / 0 }}"), r"ZeroDivisionError"),
@@ -316,9 +316,12 @@ class TestTables:
     @pytest.mark.parametrize(
         ("row", "said"),
         [
-            ({"label": 1, "kind": "film"}, r"rows.jsonl, row 30: column 'text' holds nothing; give the row a value"),
-            ({"text": "a", "label": 9, "kind": "film"}, r"rows.jsonl, row 30: map has no entry for 'label' 9"),
-            ({"text": "a", "label": 1, "kind": "film"}, r"row 30: template '.*n }}': it puts in nothing \(null\)"),
+            ({"label": 1, "kind": "film"}, r"rows.jsonl:31: column 'text' holds nothing; give the row a value"),
+            ({"text": "a", "label": 9, "kind": "film"}, r"rows.jsonl:31: map has no entry for 'label' 9"),
+            (
+                {"text": "a", "label": 1, "kind": "film"},
+                r"rows.jsonl:31: template '.*n }}': it puts in nothing \(null\)",
+            ),
         ],
     )
     def test_a_row_that_does_not_fit(self, row, said, tmp_path):
@@ -345,7 +348,7 @@ class TestTables:
         text = OWN.replace("{file: rows.jsonl", "{file: rows.jsonl, shots_file: other.jsonl")
         with pytest.raises(TaskError, match=r"other.jsonl has no column 'text'"):
             load(written(tmp_path, text, rows=REVIEWS, other=[{"label": 1}])).docs(None, 0)
-        with pytest.raises(TaskError, match=r"other.jsonl, row 0: map has no entry for 'label' 7"):
+        with pytest.raises(TaskError, match=r"other.jsonl:1: map has no entry for 'label' 7"):
             load(written(tmp_path, text, rows=REVIEWS, other=[{**REVIEWS[1], "label": 7}])).docs(None, 0)
 
     def test_a_file_in_another_encoding(self, tmp_path):
@@ -359,8 +362,8 @@ class TestTables:
         [
             ([], "rows.jsonl holds no document"),
             ([" \n\n"], "rows.jsonl holds no document"),
-            (['{"text": "a"}\n{"text": \n'], "rows.jsonl is no JSONL file with an object a line: "),
-            (["no json\n"], "rows.jsonl is no JSONL file"),
+            (['{"text": "a"}\n{"text": \n'], r"rows.jsonl:2: not JSON: "),
+            (["no json\n"], r"rows.jsonl:1: not JSON: "),
         ],
     )
     def test_files_that_hold_no_documents(self, rows, said, tmp_path):

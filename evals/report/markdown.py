@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from steerlens.evals.report import figures, view, words
 
+from steerlens.paired import UNSETTLED, unsettled
+
 SHOWN_SAMPLES = 3
 LONGEST = 400
 # an interval such as [+1.5, +2.0] and an underscore inside a word are no markup
@@ -156,6 +158,8 @@ def _figures(report: view.Report, effects: Sequence[figures.Effect]) -> Iterator
         for e in effects
     ]
     yield from _table((*columns, "p (Holm)", "detectable", "verdict"), rows)
+    if any(unsettled(e.verdict, e.low, e.high) for e in effects):
+        yield from (UNSETTLED, "")
 
 
 def _samples(report: view.Report, group: figures.Samples) -> Iterator[str]:

@@ -51,7 +51,7 @@ def compare(
         return
     typer.echo(f"A: {described(found.before)}\nB: {described(found.after)}\n")
     show.table(COLUMNS, rows(found))
-    typer.echo("\n" + "\n".join([*_sentences(found), *(f"note: {note}" for note in found.notes)]))
+    typer.echo("\n" + "\n".join([*_sentences(found), *(f"note: {note}" for note in _notes(found))]))
     if output is not None:
         show.note(f"wrote {output}")
 
@@ -94,13 +94,20 @@ def markdown(found: Comparison) -> str:
         "\n".join([line(COLUMNS), line(["---"] * len(COLUMNS)), *map(line, rows(found))]),
         "\n".join(f"- {sentence}" for sentence in _sentences(found)),
     ]
-    if found.notes:
-        parts.append("\n".join(["Notes:\n", *(f"- {note}" for note in found.notes)]))
+    if notes := _notes(found):
+        parts.append("\n".join(["Notes:\n", *(f"- {note}" for note in notes)]))
     return "\n\n".join(parts) + "\n"
 
 
 def _sentences(found: Comparison) -> list[str]:
     return [c.sentence for c in found.contrasts if c.primary]
+
+
+def _notes(found: Comparison) -> list[str]:
+    from steerlens.paired import UNSETTLED, unsettled
+
+    told = any(unsettled(c.verdict, c.difference.low, c.difference.high) for c in found.contrasts)
+    return [*([UNSETTLED] if told else []), *found.notes]
 
 
 def _check(output: Path, force: bool) -> None:

@@ -60,7 +60,10 @@ def evaluate(
         Path | None, typer.Option("--output", metavar="DIR", help="Folder for samples, results and the report.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="Most documents per task. Default: all, or 200.")
+        int | None,
+        typer.Option(
+            "--limit", min=1, metavar="N", help="Most documents per task. Default: the job's, or 200 without --config."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=900, help="Of documents and controls.")] = None,
     batch_size: Annotated[
@@ -163,8 +166,10 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             backend=backend.value,
         )
-    if names := [str(task.lm_eval) for task in job.tasks if task.lm_eval is not None]:
-        _slow(names)
+    others = [str(task.lm_eval) for task in job.tasks if task.lm_eval is not None]
+    # those of --tasks have been looked for
+    if others and tasks is None:
+        _slow(others)
     assert job.loaded
     if dry_run or prefetch:
         return _ahead(job, as_json, prefetch=prefetch)
@@ -290,6 +295,8 @@ def _tasks(
         )
     own = [name for name in names if _is_own(name)]
     others = [name for name in names if name not in own]
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(f"--include-path {include_path} is no folder; give the one with the task files of lm-eval")
     _check_others(others, include_path)
     unused = {"--num-fewshot": num_fewshot, "--include-path": include_path}
     if not others and (idle := [option for option, value in unused.items() if value is not None]):
@@ -322,11 +329,12 @@ def _check_others(names: Sequence[str], include_path: Path | None) -> None:
         return
     from steerlens.evals import harness, task
 
+    if harness.available():
+        _slow(names)
     for name in names:
         here = f"no task {name!r}{nearest(name, task.names())}"
         if not harness.available():
             raise UsageError(f"{here}; for the tasks of lm-eval: pip install 'steerlens[eval]'")
-        _slow([name])
         try:
             harness.check([name], None if include_path is None else str(include_path))
         except SteerlensError as error:
@@ -345,20 +353,26 @@ def _run(job: Job, how: Any) -> State:
 
     with contextlib.ExitStack() as stack:
         moved = [lambda count: None]
+        kept = False
 
         def begin(total: int, done: int) -> None:
+            nonlocal kept
             if done:
+                kept = True
                 show.note(f"going on: {done} of {total} samples are there")
             moved[0] = stack.enter_context(show.progress(total, done, what="samples"))
 
         def advance(count: int) -> None:
+            nonlocal kept
+            kept = True
             moved[0](count)
             guard.check_stop()
 
         try:
             return Evaluation(job, how, advance=advance, note=show.note).run(begin)
         except (guard.Stopped, OSError):
-            show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
+            if kept:
+                show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
             raise
 
 
@@ -381,6 +395,8 @@ def _finish(state: State, output: Path, as_json: bool, *, show_it: bool) -> int:
 
 
 def _show(summary: Mapping[str, Any]) -> None:
+    from steerlens.paired import UNSETTLED, unsettled
+
     several = len(summary["models"]) > 1
     found = [c for c in summary["comparisons"] if c["primary"] and c["role"] in ("method", "sweep")]
     columns = ["task", "metric", "steering", "n", "baseline", "steered", "difference [95 %]", "verdict"]
@@ -394,6 +410,8 @@ def _show(summary: Mapping[str, Any]) -> None:
         rows.append([c["model"], *row] if several else row)
     if rows:
         show.table(["model", *columns] if several else columns, rows)
+        if any(unsettled(c["verdict"], *c["difference"]["interval"]) for c in found):
+            typer.echo(UNSETTLED)
     else:
         show.note("nothing to compare: no steering has a document in common with the unsteered model")
     for control in summary["controls"]:
@@ -451,11 +469,15 @@ def _estimate(found: Mapping[str, Any], as_json: bool) -> int:
     for what, tasks in said.items():
         typer.echo(f"declared or assumed, not measured (--json says how): {what} of {', '.join(dict.fromkeys(tasks))}")
     total = found["total"]
-    without = f", without {', '.join(total['without'])}" if total["without"] else ""
-    typer.echo(
-        f"at most {total['flops']:.2e} floating-point operations in {total['forwards']:,} forwards of "
-        f"{total['batches']:,} batches{without}"
-    )
+    if total["batches"]:
+        without = [*total["without"], *(f"the new tokens of {name}" for name in total["without_new_tokens"])]
+        most = "" if total["without_new_tokens"] else "at most "
+        typer.echo(
+            f"{most}{total['flops']:.2e} floating-point operations in {total['forwards']:,} forwards of "
+            f"{total['batches']:,} batches{', without ' if without else ''}{', '.join(without)}"
+        )
+    else:
+        typer.echo(f"floating-point operations: unknown, as is the size of {', '.join(total['without'])}")
     for skipped in found["skipped"]:
         show.note(f"left out: {skipped['steering']} on {skipped['task']}: {skipped['why']}")
     return 0
