@@ -12,11 +12,12 @@ from steerlens.kernels import attention, column_sums, key_index, prefix_mean
 
 import steerlens
 from steerlens.bench import memory
-from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
+from steerlens.methods import ACT, PASTA, HeadMask, SpotLight, ZeroTuning
 
 ROOT = Path(__file__).parents[1]
 STATIC, PUBLISHED = ZeroTuning(2.0), PASTA(0.1, sections="published")
 SINKS = ACT(0.4, 3, "relative")
+SPOTLIGHT = SpotLight(0.6)
 MASKED = [HeadMask({0: [1]}), ZeroTuning(0.5)]
 
 
@@ -69,8 +70,15 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
         ("mistral", 2, SINKS),
         ("gemma2", 4, PASTA(0.1)),
         ("gemma2", 4, SINKS),
+        ("llama-gqa", 2, SPOTLIGHT),
+        ("llama-gqa", 2, [SPOTLIGHT, ZeroTuning(2.0)]),
+        ("mistral", 2, SPOTLIGHT),
+        ("gemma2", 4, SPOTLIGHT),
     ],
-    ids=["zerotuning", "pasta", "act", "headmask", "window", "window-act", "softcap", "softcap-act"],
+    ids=[
+        *("zerotuning", "pasta", "act", "headmask", "window", "window-act", "softcap", "softcap-act"),
+        *("spotlight", "spotlight-first", "window-spotlight", "softcap-spotlight"),
+    ],
 )
 def test_extra_memory(family, kv_heads, method, padded):
     found, bound = extra(family, method, 2048, 8, kv_heads, 32, padded)

@@ -231,6 +231,7 @@ HEADS = {
     "act-llama-2-7b-chat-multiple-choice": 72,
     "act-mistral-7b-instruct-v0.2-classification": 16,
     "act-mistral-7b-instruct-v0.2-multiple-choice": 104,
+    "context_awareness-llama-3-8b-instruct-retrieval": 1024,
     "headmask-llama-2-7b-80k": 10,
     "headmask-llama-3-8b-instruct-10heads": 10,
     "headmask-llama-3-8b-instruct-50heads": 50,

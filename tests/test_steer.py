@@ -755,7 +755,7 @@ class TestKindsOfMethod:
 
 class TestMethods:
     def test_names_and_round_trip(self):
-        assert names() == ["act", "headmask", "pasta", "zerotuning"]
+        assert names() == sorted(names()) and {"act", "headmask", "pasta", "zerotuning"} <= set(names())
         for method in (
             STRONG,
             PASTA(0.2, heads={1: [3, 2]}),
