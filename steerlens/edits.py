@@ -231,6 +231,31 @@ class ProjectKeys:
 
 
 @dataclass(frozen=True)
+class RouteKeys:
+    """k' = k + `scale`·Σ α_m U_m U_mᵀ k on `keys`, before any position encoding, once.
+
+    α_m = Σ_k (q·u_mk)·σ_mk over the `leading` first directions, divided by the largest |α|; q is the last prompt row's
+    query before its position encoding, the mean over the query heads of a key/value head.
+
+    Attributes:
+        heads: key/value heads of the layer.
+        keys: what is edited.
+        vectors: σ_mk·u_mk of every key/value head, [G, M·K, D], K directions of each of M experts, zeros where fewer.
+        experts: M.
+        leading: how many first directions of an expert decide.
+    """
+
+    heads: tuple[int, ...]
+    keys: SpanKeys
+    vectors: HeadVectors
+    experts: int
+    scale: float = 1.0
+    leading: int = 3
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class ScaleChannel:
     """x'_c = `factor`·x_c, c the `channel`, for what decode rows make queries of and all rows they see made keys of.
 
@@ -248,7 +273,7 @@ class ScaleChannel:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | ScaleChannel
+Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel
 """Edits of what goes into an attention call and comes out of it: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from steerlens import around
-from steerlens.edits import ProjectKeys
+from steerlens.edits import ProjectKeys, RouteKeys
 from steerlens.errors import MethodError, UnsupportedError
 from steerlens.passes import Pass, fit
 
@@ -88,15 +88,16 @@ class Inlet:
         self._engine, self._layer, self._module = engine, layer, module
         self._placed: list[around.Placed] = []
         self._layout: Layout = "flat"
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._seen: Pass | None = None
+        self._query: torch.Tensor | None = None
 
     def place(self, placed: list[around.Placed]) -> None:
         """Carry out those of the edits that are of keys, and no others from now on."""
-        self._placed = [p for p in placed if isinstance(p.edit, ProjectKeys)]
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._seen = None
+        self._placed = [p for p in placed if isinstance(p.edit, ProjectKeys | RouteKeys)]
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._seen, self._query = [], None, None
         if not self._placed:
             return
         facts = self._engine.facts
@@ -106,7 +107,10 @@ class Inlet:
                 "has none of its own to edit; leave it out"
             )
         inlet, self._layout = find(self._module, facts)
-        self._hook = inlet.register_forward_hook(self._edit)
+        self._hooks.append(inlet.register_forward_hook(self._edit))
+        if any(isinstance(p.edit, RouteKeys) for p in self._placed):
+            name = INLETS[facts.family][0].replace("k_", "q_")
+            self._hooks.append(getattr(self._module, name).register_forward_hook(self._keep))
 
     def check(self, now: Pass | None) -> None:
         """Raise `UnsupportedError` if the keys of this forward did not come by."""
@@ -128,17 +132,51 @@ class Inlet:
         keys = by_head(output, self._layout, groups)
         for item in self._placed:
             edit = item.edit
-            assert isinstance(edit, ProjectKeys)
-            matrix = edit.vectors.table(edit.heads, keys.device)
-            if matrix.shape[1:] != (keys.shape[-1], keys.shape[-1]) or keys.shape[2] != matrix.shape[0]:
+            assert isinstance(edit, ProjectKeys | RouteKeys)
+            table = edit.vectors.table(edit.heads, keys.device)
+            if table.shape[-1] != keys.shape[-1] or table.shape[0] != keys.shape[2]:
                 raise MethodError(
-                    f"{edit.vectors.source} has matrices {list(matrix.shape)}; the keys of layer {self._layer} of "
+                    f"{edit.vectors.source} has matrices {list(table.shape)}; the keys of layer {self._layer} of "
                     f"{engine.facts.name} are {keys.shape[2]} heads of {keys.shape[-1]} here: it was fitted on another "
                     "model, or the heads are spread over processes"
                 )
             chosen = fit(now.prompt.key_columns(edit.keys, item.spans), now.q_len, now.q_offset)
             if (where := around.rows_of(item, now)) is not None:
                 chosen = chosen & where
-            moved = torch.einsum("gij,btgj->btgi", matrix, keys.float()) * edit.scale
+            if isinstance(edit, RouteKeys):
+                moved = self._routed(edit, table, keys.float(), now) * edit.scale
+            else:
+                moved = torch.einsum("gij,btgj->btgi", table, keys.float()) * edit.scale
             keys = torch.where(chosen[..., None, None], (keys + moved).to(keys.dtype), keys)
         return as_laid_out(keys, self._layout)
+
+    def _keep(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        """Keep the queries of this forward, which come before its keys."""
+        if self._engine.current is not None:
+            self._query = by_head(output, self._layout, self._engine.facts.heads[self._layer])
+
+    def _routed(self, edit: RouteKeys, table: torch.Tensor, keys: torch.Tensor, now: Pass) -> torch.Tensor:
+        """Σ α_m U_m U_mᵀ k, [B, T, G, D]."""
+        query, self._query = self._query, None
+        facts = self._engine.facts
+        if query is None or query.shape[:2] != keys.shape[:2]:
+            raise UnsupportedError(
+                f"layer {self._layer} of {facts.name} made its keys before its queries, which decide on them"
+            )
+        if not now.whole_prompt:
+            raise UnsupportedError(
+                f"adaseka edits keys by the query of the last prompt token, but this forward holds columns "
+                f"{now.q_offset}..{now.columns} of a prompt of {now.prompt.width}: prefill the prompt in one forward "
+                "(no prefill_chunk_size, no reused prefix)"
+            )
+        groups = keys.shape[2]
+        last = query[torch.arange(len(query), device=query.device), now.prompt.stop - 1].float()
+        last = last.unflatten(1, (groups, -1)).mean(2)
+        scaled = table.unflatten(1, (edit.experts, -1))
+        alpha = torch.einsum("bgd,gmkd->bgm", last, scaled[:, :, : edit.leading])
+        most = alpha.abs().amax(-1, keepdim=True)
+        alpha = torch.where(most > 0, alpha / most.clamp(min=torch.finfo(alpha.dtype).tiny), alpha)
+        norm = scaled.norm(dim=-1, keepdim=True)
+        basis = torch.where(norm > 0, scaled / norm.clamp(min=torch.finfo(norm.dtype).tiny), scaled)
+        inside = torch.einsum("gmkd,btgd->btgmk", basis, keys)
+        return torch.einsum("bgm,btgmk,gmkd->btgd", alpha, inside, basis)

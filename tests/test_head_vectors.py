@@ -412,3 +412,20 @@ class TestOnTiny:
             assert done.exit_code == 0, done.output
             (result,) = json.loads(done.stdout)["results"]
             assert "5020" in result["baseline"] and result["steered"] != result["baseline"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bit_and_inference_mode(dtype, tmp_path):
+    """Each dtype is kept, and what an inference-mode forward leaves behind serves one with gradients."""
+    from small_models import build
+
+    model, ids = build("llama-gqa", dtype=dtype), torch.arange(5, 25)[None]
+    path = file_of(model, tmp_path / "v.safetensors")
+    methods = [FocusDirections(path, 0.5, heads="all"), ITI(path, 2, heads="all", rows="all"), get("pai")(0.5, 0)]
+    with steerlens.steer(model, methods, [[(3, 7)]]):
+        with torch.inference_mode():
+            first = model(ids).logits.clone()
+        second = model(ids).logits
+        second.float().sum().backward()
+    assert first.dtype == dtype and first.isfinite().all() and apart(second.float(), first.float()) < 1e-2
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()

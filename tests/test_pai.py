@@ -182,7 +182,18 @@ def test_parameters(model):
 def test_command_line():
     said = "The code of the harbor office is"
     prompt = f"{said} 4417. {said} 9032. Question: What is the code of the harbor office? Answer:"
-    command = ["run", "--method", "pai", "--set", "alpha=2", "--set", "first_layer=0", "--prompt", prompt, "--compare"]
+    command = [
+        "run",
+        "--method",
+        "pai",
+        "--set",
+        "alpha=0.5",
+        "--set",
+        "first_layer=1",
+        "--prompt",
+        prompt,
+        "--compare",
+    ]
     for emphasized in ("4417", "9032"):
         more = ["--emphasize", f"{said} {emphasized}.", "--json", "--max-new-tokens", "6"]
         done = CliRunner().invoke(app, [*command, *more])

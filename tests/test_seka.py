@@ -21,7 +21,7 @@ from steerlens.observing import Observer
 from steerlens.spans import Spans
 from steerlens.vectors import VectorFile
 
-SEKA = get("seka")
+AdaSEKA, SEKA = get("adaseka"), get("seka")
 SPANS = [[(6, 9)], [(7, 9), (11, 12)]]
 ALONE = [[(2, 4), (6, 7)]]
 KNOWN = [family for family, (kind, _) in FAMILIES.items() if kind in inlets.INLETS]
@@ -154,6 +154,71 @@ def test_rows_beams_and_composition(model, prompts, tmp_path):
         assert set(steered.report()) == {0, 1, 2}
 
 
+def routed_file(model, path, experts=2):
+    """Random experts of three directions for every layer."""
+    with torch.no_grad(), Keys(model) as keys:
+        model(torch.arange(5, 9)[None])
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for layer, found in keys.found.items():
+        groups, width = found.shape[1], found.shape[-1]
+        basis = torch.linalg.qr(torch.randn(groups, experts, width, width, generator=generator))[0][:, :, :4]
+        own = basis * torch.tensor([3.0, 2, 1, 0])[:, None]
+        tensors[f"experts.{layer}"] = own
+        tensors[f"shift.{layer}"] = torch.ones(groups)
+    return str(VectorFile("test", tensors, {}).save(path))
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_adaseka_on_every_family(family, model_of, prompts, tmp_path):
+    model, (ids, mask) = model_of(family, native(family)), prompts("left", lengths=(14, 9))
+    method = AdaSEKA(routed_file(model, tmp_path / "v.safetensors"), 2.0)
+    plain, got = (generate(model, one, SPANS, ids, mask) for one in ([], method))
+    assert apart(got.logits, plain.logits) > 1e-3
+    for other in ({"backend": "reference"}, {"use_cache": False}):
+        assert apart(generate(model, method, SPANS, ids, mask, **other).logits, got.logits) < 1e-4, other
+    alone = generate(model, method, ALONE, ids[1:, 5:], mask[1:, 5:])
+    assert apart(torch.stack(alone.logits)[:, 0], torch.stack(got.logits)[:, 1]) < 1e-4
+    with pytest.raises(UnsupportedError, match="the query of the last prompt token"):
+        generate(model, method, SPANS, ids, mask, prefill_chunk_size=5)
+
+
+@torch.no_grad()
+def test_adaseka_by_definition(model, row, tmp_path):
+    """P = Σ α_m U_m U_mᵀ of the first layer, put together from its weights."""
+    path = routed_file(model, tmp_path / "v.safetensors")
+    layer, states = model.model.layers[0], model.model.embed_tokens(row)
+    states = layer.input_layernorm(states)
+    query = layer.self_attn.q_proj(states)[0, -1].view(2, 4, 8).mean(1)
+    before = layer.self_attn.k_proj(states)[0].view(20, 2, 8)
+    experts = steerlens.vectors.load(path).tensors["experts.0"]
+    expected = before.clone()
+    for head in range(2):
+        alpha = torch.stack([sum(query[head] @ experts[head, m, k] for k in range(3)) for m in range(2)])
+        alpha = alpha / alpha.abs().max()
+        projection = torch.zeros(8, 8)
+        for m in range(2):
+            directions = experts[head, m, :3] / experts[head, m, :3].norm(dim=-1, keepdim=True)
+            projection += alpha[m] * directions.T @ directions
+        expected[3:7, head] += 0.7 * before[3:7, head] @ projection.T
+    seen = []
+    hook = layer.self_attn.k_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    with steerlens.steer(model, AdaSEKA(path, 0.7, layers=3), [[(3, 7)]]):
+        second = layer.self_attn.k_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+        model(row)
+    hook.remove(), second.remove()
+    assert apart(seen[0][0], before.flatten(1)) < 1e-6 and apart(seen[1][0], expected.flatten(1)) < 1e-5
+
+
+@torch.no_grad()
+def test_adaseka_neutral_and_refusals(model, row, tmp_path):
+    path, expected = routed_file(model, tmp_path / "v.safetensors"), model(row).logits
+    with steerlens.steer(model, [AdaSEKA(path, 0), AdaSEKA(path, 1.0, min_shift=2)], [[(3, 7)]]) as steered:
+        assert torch.equal(model(row).logits, expected) and steered.plan == {}
+    assert not AdaSEKA.causal and not AdaSEKA.chunk_exact
+    with pytest.raises(MethodError, match="gain='x'"):
+        AdaSEKA(path, "x")
+
+
 class TestErrors:
     def test_parameters_and_files(self, model, model_of, row, tmp_path):
         for parameters, message in (
@@ -211,6 +276,17 @@ class TestFit:
         with pytest.raises(ExampleError, match="'gold' must lie inside 'context'"):
             fit.texts([Example("A b. C?", groups={"context": ("A b.",), "gold": ("C",)})])
 
+    def test_experts(self):
+        generator = torch.Generator().manual_seed(0)
+        plain, other = (torch.randn(40, 2, 4, generator=generator) for _ in range(2))
+        found, (lead, _) = fit.basis(plain, other, 0.7), fit.projections(plain, other, 0.7)
+        norms = found.norm(dim=-1)
+        kept = norms > 0
+        directions = torch.where(kept[..., None], found / norms.clamp(min=1e-9)[..., None], 0)
+        assert torch.allclose(directions.transpose(-1, -2) @ directions, lead, atol=1e-5)
+        values = torch.linalg.svdvals(torch.einsum("nga,ngb->gab", plain, other) / 40)
+        assert torch.allclose(norms, values * kept, atol=1e-5)
+
     def test_learned_on_tiny_it_emphasises(self, tmp_path):
         model, tokenizer = models.load("tiny", "cpu")
         found = fitting.seka(model, tokenizer, examples_of("lookup", 24, first_seed=200_000, length=64))
@@ -218,6 +294,10 @@ class TestFit:
         for layer in range(6):
             projection = found.tensors[f"positive.{layer}"]
             assert projection.shape == (4, 16, 16) and torch.allclose(projection @ projection, projection, atol=1e-5)
+        sets = {task: examples_of(task, 6, first_seed=200_000, length=64) for task in ("lookup", "contradiction")}
+        experts = fitting.adaseka(model, tokenizer, sets)
+        assert experts.tensors["experts.3"].shape == (4, 2, 16, 16)
+        assert experts.metadata["experts"] == "lookup, contradiction"
         said = "The code of the harbor office is"
         prompt = f"{said} 4417. {said} 9032. Question: What is the code of the harbor office? Answer:"
         inputs, spans = steerlens.encode(tokenizer, prompt, [f"{said} 9032."])

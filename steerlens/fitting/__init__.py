@@ -6,11 +6,12 @@ from steerlens.fitting.anchors import anchor_reweighting
 from steerlens.fitting.baking import bake, output_bias
 from steerlens.fitting.channels import positional_channels
 from steerlens.fitting.focus import focus_directions
-from steerlens.fitting.keys import seka
+from steerlens.fitting.keys import adaseka, seka
 from steerlens.fitting.lookback import lookback_lens
 from steerlens.fitting.probes import iti, nl_iti
 
 __all__ = [
+    "adaseka",
     "anchor_reweighting",
     "bake",
     "focus_directions",

@@ -6,10 +6,11 @@ are compared, before any position encoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from steerlens import decoder, inlets
 from steerlens.encoding import encode
@@ -35,6 +36,14 @@ def projections(plain: torch.Tensor, other: torch.Tensor, share: float) -> tuple
     return tuple(  # type: ignore[return-value]
         ((left * chosen[:, None]) @ left.transpose(-1, -2)).float() for chosen in (leading, 1 - leading)
     )
+
+
+def basis(plain: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    """σ_k·u_k of the leading left singular vectors of HᵀH'/n as `projections` picks them, [G, D, D], zeros behind."""
+    product = torch.einsum("nga,ngb->gab", plain.double(), other.double()) / len(plain)
+    left, values, _ = torch.linalg.svd(product)
+    leading = values.cumsum(-1) - values < share * values.sum(-1, keepdim=True)
+    return (left * (values * leading)[:, None]).transpose(-1, -2).float()
 
 
 def texts(examples: Sequence[Example]) -> list[tuple[tuple[str, str, str], tuple[int, int]]]:
@@ -77,6 +86,53 @@ def _place(example: Example, group: str, prompt: str) -> tuple[int, int]:
     return start, start + len(selector)
 
 
+def collect(
+    model: Any, tokenizer: Any, examples: Sequence[Example], advance: Callable[[int], None] = lambda done: None
+) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], int]:
+    """Per layer H, H⁺ and H⁻, fp32 [n, G, D] each, and how many examples they are of.
+
+    They are the keys of the gold tokens in the context alone, behind the relevant and behind an irrelevant question.
+    """
+    facts, modules = decoder.read(decoder.find(unwrap(model)))
+    layers = [layer for layer in facts.attention_layers if layer not in facts.keys_of]
+    limit, seen = context(model), dict[int, torch.Tensor]()
+
+    def see(layer: int) -> Callable[[torch.Tensor], None]:
+        return lambda keys: seen.__setitem__(layer, keys.detach().float().cpu())
+
+    kept: dict[int, tuple[list[torch.Tensor], ...]] = {layer: ([], [], []) for layer in layers}
+    hooks: list[RemovableHandle] = []
+    used = 0
+    try:
+        for layer in layers:
+            hooks.append(inlets.watch(modules[layer], facts, layer, see(layer)))
+        for example, (versions, (start, stop)) in zip(examples, texts(examples), strict=True):
+            shift = [len(version) - len(versions[0]) for version in versions]
+            spans = [[Chars(start + by, stop + by)] for by in shift]
+            inputs, found = encode(tokenizer, list(versions), groups={"gold": spans}, device=model.device)
+            ids, width = inputs["input_ids"], inputs["input_ids"].shape[1]
+            if limit is not None and width > limit:
+                raise ExampleError(f"{example} has {width} tokens behind a question; the model has room for {limit}")
+            columns = [[c for a, b in row for c in range(a, b)] for row in found.groups["gold"]]
+            tokens = [ids[row, chosen].tolist() for row, chosen in enumerate(columns)]
+            advance(1)
+            if tokens[0] != tokens[1] or tokens[0] != tokens[2]:
+                continue  # the tokenizer cuts the span otherwise behind a question
+            used += 1
+            with torch.no_grad():
+                forward(model, ids, inputs["attention_mask"], 1)
+            for layer, rows in kept.items():
+                for row in range(3):
+                    rows[row].append(seen[layer][row, columns[row]])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not used:
+        raise ExampleError("seka: the tokenizer cuts every gold span otherwise behind a question: give other spans")
+    joined = {layer: tuple(torch.cat(parts) for parts in rows) for layer, rows in kept.items()}
+    return joined, used  # type: ignore[return-value]
+
+
 def seka(
     model: Any,
     tokenizer: Any,
@@ -99,52 +155,15 @@ def seka(
     Returns:
         Per layer `positive.<layer>`, the projection onto the leading left singular vectors of HᵀH⁺/n, and
         `negative.<layer>`, that onto the trailing ones of HᵀH⁻/n, [G, D, D]; `shift.<layer>` [G], the mean over tokens
-        of ‖h⁺ - h⁻‖, and `shift_frobenius.<layer>` [G], ‖H⁺ - H⁻‖/n. H are the gold tokens' keys in the context alone,
-        H⁺ and H⁻ behind the relevant and an irrelevant question.
+        of ‖h⁺ - h⁻‖, and `shift_frobenius.<layer>` [G], ‖H⁺ - H⁻‖/n (see `collect`).
 
     Raises:
         ExampleError: for examples that do not give that, or are too long. UnsupportedError: for a family that is not
             known.
     """
-    base = decoder.find(unwrap(model))
-    facts, modules = decoder.read(base)
-    layers = [layer for layer in facts.attention_layers if layer not in facts.keys_of]
-    limit, seen = context(model), dict[int, torch.Tensor]()
-
-    def see(layer: int) -> Callable[[torch.Tensor], None]:
-        return lambda keys: seen.__setitem__(layer, keys.detach().float().cpu())
-
-    kept: dict[int, list[list[torch.Tensor]]] = {layer: [[], [], []] for layer in layers}
-    hooks = [inlets.watch(modules[layer], facts, layer, see(layer)) for layer in layers]
-    used = 0
-    try:
-        for example, (versions, (start, stop)) in zip(examples, texts(examples), strict=True):
-            shift = [len(version) - len(versions[0]) for version in versions]
-            spans = [[Chars(start + by, stop + by)] for by in shift]
-            inputs, found = encode(tokenizer, list(versions), groups={"gold": spans}, device=model.device)
-            if limit is not None and inputs["input_ids"].shape[1] > limit:
-                raise ExampleError(
-                    f"{example} has {inputs['input_ids'].shape[1]} tokens; the model has room for {limit}"
-                )
-            columns = [[c for a, b in row for c in range(a, b)] for row in found.groups["gold"]]
-            tokens = [inputs["input_ids"][row, chosen].tolist() for row, chosen in enumerate(columns)]
-            advance(1)
-            if tokens[0] != tokens[1] or tokens[0] != tokens[2]:
-                continue  # the tokenizer cuts the span otherwise behind a question
-            used += 1
-            with torch.no_grad():
-                forward(model, inputs["input_ids"], inputs["attention_mask"], 1)
-            for layer in layers:
-                for row in range(3):
-                    kept[layer][row].append(seen[layer][row, columns[row]])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not used:
-        raise ExampleError("seka: the tokenizer cuts every gold span otherwise behind a question: give other spans")
+    found, used = collect(model, tokenizer, examples, advance)
     tensors: dict[str, torch.Tensor] = {}
-    for layer, rows in kept.items():
-        plain, relevant, irrelevant = (torch.cat(parts) for parts in rows)
+    for layer, (plain, relevant, irrelevant) in found.items():
         apart = (relevant - irrelevant).norm(dim=-1)
         tensors |= {
             f"positive.{layer}": projections(plain, relevant, share)[0],
@@ -154,3 +173,37 @@ def seka(
         }
     metadata = {"method": "seka", "model": describe(model)["id"], "examples": used, "share": share}
     return VectorFile("seka", tensors, {key: str(value) for key, value in metadata.items()})
+
+
+def adaseka(
+    model: Any,
+    tokenizer: Any,
+    experts: Mapping[str, Sequence[Example]],
+    *,
+    share: float = 0.9,
+    advance: Callable[[int], None] = lambda done: None,
+) -> VectorFile:
+    """Learn AdaSEKA's experts, one from each set of examples; the arguments are those of `seka`, by expert.
+
+    Args:
+        model: as for `seka`.
+        tokenizer: of the model.
+        experts: by name, examples as for `seka`.
+        share: of the singular values that an expert's directions hold, in (0, 1).
+        advance: told how many examples are done.
+
+    Returns:
+        `experts.<layer>` [G, M, D, D], rows σ_k·u_k of the leading left singular vectors of HᵀH⁺/n, zeros behind them;
+        `shift.<layer>` [G], the mean over all experts' tokens of ‖h⁺ - h⁻‖. The metadata name the experts in order.
+    """
+    if not experts:
+        raise ExampleError("adaseka needs at least one expert: a set of examples")
+    parts = [collect(model, tokenizer, examples, advance) for examples in experts.values()]
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in parts[0][0]:
+        rows = [found[layer] for found, _ in parts]
+        tensors[f"experts.{layer}"] = torch.stack([basis(plain, relevant, share) for plain, relevant, _ in rows], 1)
+        apart = torch.cat([(relevant - irrelevant).norm(dim=-1) for _, relevant, irrelevant in rows])
+        tensors[f"shift.{layer}"] = apart.mean(0)
+    metadata = {"method": "adaseka", "model": describe(model)["id"], "experts": ", ".join(experts), "share": str(share)}
+    return VectorFile("adaseka", tensors, metadata)
