@@ -4,8 +4,10 @@ import pytest
 import torch
 from method_checks import BACKENDS, attend, close, generate, keeps_its_promises
 from steerlens.evals.families import tiny
+from typer.testing import CliRunner
 
 import steerlens
+from steerlens.cli import app
 from steerlens.errors import MethodError, SpanError, UnsupportedError
 from steerlens.methods import VAR, from_dict
 from steerlens.stream import peaks
@@ -156,6 +158,17 @@ class TestVisionLanguage:
                 found.append(torch.stack(llava.generate(**inputs, **options, use_cache=cached).logits))
         assert (found[0] - found[1]).abs().max() < 1e-4 * found[0].abs().max()
         assert (found[0] - found[2]).abs().max() > 1e-3 * found[0].abs().max()
+
+
+def test_recipe_of_the_bundled_model():
+    """A text in the place of the image, on the command line."""
+    fact = "The color of the lagoon depot is red."
+    prompt = f"The color of the lagoon depot is blue. {fact} Question: What is the color of the lagoon depot? Answer:"
+    arguments = ["run", "--recipe", "var-tiny", "--prompt", prompt, "--max-new-tokens", "4"]
+    assert CliRunner().invoke(app, [*arguments, "--emphasize", fact]).stdout.strip().startswith("red")
+    arguments += ["--set", "group=image", "--span"]
+    assert CliRunner().invoke(app, [*arguments, f"image={fact}"]).stdout.strip().startswith("red")
+    assert CliRunner().invoke(app, [*arguments, f"image={fact}", "--set", "moved=0"]).stdout.startswith("blue")
 
 
 def test_parameters(model, row):
