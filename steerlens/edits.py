@@ -291,7 +291,29 @@ class ScaleChannel:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel
-"""Edits of what goes into an attention call and comes out of it: no backend knows them."""
+@dataclass(frozen=True)
+class SetActivations:
+    """x'_c = x_c + `strength`·(v_c - x_c) for tokens with a massive activation, x the hidden state after the layer.
+
+    Such a token has m > `least` and m >= `ratio` times the median of |x|; m is the largest |x_c|, c in `channels`.
+
+    Attributes:
+        channels: the c of the hidden state.
+        first: v_c for the first token of a row.
+        others: v_c for every other one.
+    """
+
+    channels: tuple[int, ...]
+    first: tuple[float, ...]
+    others: tuple[float, ...]
+    least: float
+    ratio: float
+    strength: float = 1.0
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel | SetActivations
+"""Edits of what goes into an attention call and comes out of it, or of its layer: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""
