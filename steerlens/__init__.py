@@ -14,6 +14,7 @@ if (_repo / "pyproject.toml").is_file() and (_repo / "kernels").is_dir():
 if TYPE_CHECKING:
     from steerlens.attach import Steering, steer
     from steerlens.encoding import encode
+    from steerlens.keysentence import key_sentences
     from steerlens.methods.base import PerRow
     from steerlens.recipe import Recipe, load_recipe
     from steerlens.recording import Record, capture
@@ -28,10 +29,22 @@ _HOMES = {
     "Steering": "attach",
     "capture": "recording",
     "encode": "encoding",
+    "key_sentences": "keysentence",
     "load_recipe": "recipe",
     "steer": "attach",
 }
-__all__ = ["PerRow", "Recipe", "Record", "Spans", "Steering", "capture", "encode", "load_recipe", "steer"]
+__all__ = [
+    "PerRow",
+    "Recipe",
+    "Record",
+    "Spans",
+    "Steering",
+    "capture",
+    "encode",
+    "key_sentences",
+    "load_recipe",
+    "steer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,8 +42,13 @@ def read(base: torch.nn.Module) -> tuple[ModelFacts, dict[int, torch.nn.Module]]
     return facts.read(base.config, heads), modules
 
 
-def layers(base: torch.nn.Module, wanted: Iterable[int]) -> dict[int, torch.nn.Module]:
+def layers(base: torch.nn.Module, wanted: Iterable[int], fix: str) -> dict[int, torch.nn.Module]:
     """The decoder layer around the attention module of each wanted layer: an element of the decoder's `ModuleList`.
+
+    Args:
+        base: the decoder.
+        wanted: layers with attention.
+        fix: what the user can do where there is none.
 
     Raises:
         UnsupportedError: if there is none.
@@ -59,7 +64,7 @@ def layers(base: torch.nn.Module, wanted: Iterable[int]) -> dict[int, torch.nn.M
     if missing:
         raise UnsupportedError(
             f"layers {missing} of {type(base).__name__} have their attention in no decoder layer of a ModuleList, so "
-            "that their hidden states are out of reach: leave 'massive' out of stats"
+            f"that their hidden states are out of reach: {fix}"
         )
     return found
 

@@ -48,7 +48,10 @@ class SpanKeys:
 
 @dataclass(frozen=True)
 class OutsideSpan:
-    """Prompt tokens outside `SpanKeys(group, section)`; no key at all in a row without such a section."""
+    """Prompt tokens outside `SpanKeys(group, section)`; no key at all in a row without such a section.
+
+    As the `queries` of an edit, generated tokens too.
+    """
 
     group: str
     section: int | None = None
@@ -77,7 +80,22 @@ class Sinks:
     running: bool = False
 
 
-Keys = FirstToken | PromptKeys | SpanKeys | OutsideSpan | UntilSpan | Sinks
+@dataclass(frozen=True)
+class Outliers:
+    """Prompt tokens, or those of a span group, with max_c |x_c| / rms(x) > `threshold` where the layer reads them.
+
+    x is a token's hidden state at the input of the decoder layer, before its norm, and rms(x)² = mean(x²) + 1e-6.
+
+    Attributes:
+        channels: the c of the hidden state.
+    """
+
+    channels: tuple[int, ...]
+    threshold: float
+    group: str | None = None
+
+
+Keys = FirstToken | PromptKeys | SpanKeys | OutsideSpan | UntilSpan | Sinks | Outliers
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ class Redistribute:
 
     Attributes:
         heads: query heads of the layer.
-        groups: keys of each group; a key of two of them belongs to the first.
+        groups: keys of each group, `Outliers` among them; a key of two groups belongs to the first.
         law: from the groups' masses to factors on their weights.
         batch: prompt rows it applies to; `None` for all.
         queries: only the query rows that are these prompt tokens; `None` for all rows of the phase.
@@ -273,7 +291,29 @@ class ScaleChannel:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel
-"""Edits of what goes into an attention call and comes out of it: no backend knows them."""
+@dataclass(frozen=True)
+class SetActivations:
+    """x'_c = x_c + `strength`·(v_c - x_c) for tokens with a massive activation, x the hidden state after the layer.
+
+    Such a token has m > `least` and m >= `ratio` times the median of |x|; m is the largest |x_c|, c in `channels`.
+
+    Attributes:
+        channels: the c of the hidden state.
+        first: v_c for the first token of a row.
+        others: v_c for every other one.
+    """
+
+    channels: tuple[int, ...]
+    first: tuple[float, ...]
+    others: tuple[float, ...]
+    least: float
+    ratio: float
+    strength: float = 1.0
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel | SetActivations
+"""Edits of what goes into an attention call and comes out of it, or of its layer: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

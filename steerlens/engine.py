@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import around, caches, decoder, inlets, masks, rescaling, selfcheck
+from steerlens import around, caches, decoder, inlets, masks, rescaling, selfcheck, stream
 from steerlens.backends.call import Call, Lowered
 from steerlens.edits import LiftLogits, Reweight, Sinks
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
@@ -93,6 +93,7 @@ class Site(Guarded):
         self.outlet = around.Outlet(module, layer, engine.facts)
         self.inlet = inlets.Inlet(engine, layer, module)
         self.rescaled = rescaling.Rescaled(self)
+        self.stream = stream.Stream(engine, layer)
         self.calls = self.rows = 0
         self.reached = True
 
@@ -110,6 +111,7 @@ class Site(Guarded):
         self.outlet.release()
         self.inlet.place([])
         self.rescaled.place([])
+        self.stream.place([], [])
 
     def native(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention that this module would have run unsteered."""
@@ -192,6 +194,7 @@ class Engine(Guarded):
             site.around = [item for context in self.contexts for item in context.around.get(layer, ())]
             site.inlet.place(site.around)
             site.rescaled.place(site.around)
+            site.stream.place(site.placed, site.around)
         self.backend = next((c.backend for c in self.contexts if c.backend != "auto"), "auto")
         self.observers = [c for c in self.contexts if c.observes] + self.records
         models = {id(user.model): user.model for user in self.users}

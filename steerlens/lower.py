@@ -10,7 +10,23 @@ from typing import Any
 import torch
 
 from steerlens.backends.call import Bias, Cut, Few, KeepMass, Lowered, MoveMass, Sums
-from steerlens.edits import HIDE, Ablate, Edit, Keep, Keys, MassLaw, Phase, Redistribute, Reweight, Scale, Sinks
+from steerlens.edits import (
+    HIDE,
+    Ablate,
+    Edit,
+    Keep,
+    Keys,
+    MassLaw,
+    Outliers,
+    OutsideSpan,
+    Phase,
+    PromptKeys,
+    Redistribute,
+    Reweight,
+    Scale,
+    Sinks,
+    SpanKeys,
+)
 from steerlens.errors import UnsupportedError
 from steerlens.passes import Pass, SinkState, fit
 from steerlens.spans import Spans
@@ -59,7 +75,7 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool =
             moves.append(_keep(items, now, length, start, heads, again))
             continue
         if isinstance(edit, Redistribute):
-            moves.append(_move(items, now, length, start, heads))
+            moves.append(_move(items, now, layer, heads))
             continue
         # Layers with the same edit share its tensors.
         key = (*[item.key if item.same is None else item.same for item in items], length, start, heads)
@@ -170,7 +186,11 @@ def _rows(item: Placed, phase: Phase, queries: Keys | None, now: Pass) -> torch.
     rows = now.rows(phase)
     if queries is None:
         return rows
-    chosen = now.key_columns(queries, item.spans)[:, now.q_offset : now.columns]
+    if isinstance(queries, OutsideSpan):
+        chosen = ~now.key_columns(SpanKeys(queries.group, queries.section), item.spans)
+    else:
+        chosen = now.key_columns(queries, item.spans)
+    chosen = chosen[:, now.q_offset : now.columns]
     return chosen if rows is None else rows & chosen
 
 
@@ -188,10 +208,10 @@ def _bias(items: list[Placed], now: Pass, length: int, start: int, heads: int) -
     return Bias(weights if rows is None else weights * rows[:, None], _keys(items[0], edit.keys, now, length, start))
 
 
-def _move(items: list[Placed], now: Pass, length: int, start: int, heads: int) -> MoveMass:
+def _move(items: list[Placed], now: Pass, layer: int, heads: int) -> MoveMass:
     item, edit, prompt = items[0], items[0].edit, now.prompt
     assert isinstance(edit, Redistribute)
-    groups, law = _groups(item, now, length, start), edit.law
+    groups, law = _groups(item, now, layer), edit.law
     if law.pooled and not now.whole_prompt and (now.q_offset < prompt.width or now.q_len > 1):
         raise UnsupportedError(
             f"{law} depends on all rows of the prompt, but this forward holds columns "
@@ -216,14 +236,31 @@ def _move(items: list[Placed], now: Pass, length: int, start: int, heads: int) -
     return MoveMass(used, groups, weigh, law.raw)
 
 
-def _groups(item: Placed, now: Pass, length: int, start: int) -> torch.Tensor:
+def _groups(item: Placed, now: Pass, layer: int) -> torch.Tensor:
     """The disjoint keys of an edit's groups, bool [B, n, Tk]."""
     assert isinstance(item.edit, Redistribute)
-    key = (item.edit.groups, id(item.spans), length, start)
+    (length, start), groups = now.keys[layer], item.edit.groups
+    of = layer if any(isinstance(each, Outliers) for each in groups) else None
+    key = (groups, id(item.spans), length, start, of)
     if key not in now.memo:
-        keys = torch.stack([_keys(item, each, now, length, start) for each in item.edit.groups], 1)
+        found = [
+            _outliers(item, each, now, layer) if isinstance(each, Outliers) else _keys(item, each, now, length, start)
+            for each in groups
+        ]
+        keys = torch.stack(found, 1)
         now.memo[key] = keys & (keys.long().cumsum(1) == 1)
     return now.memo[key]  # type: ignore[return-value]
+
+
+def _outliers(item: Placed, keys: Outliers, now: Pass, layer: int) -> torch.Tensor:
+    peaks, known = now.prompt.peaks.get((layer, keys.channels)), min(now.columns, now.prompt.width)
+    if peaks is None or peaks.shape[1] < known:
+        raise UnsupportedError(
+            f"tokens with massive activations are found as layer {layer} reads the prompt, but the cache holds prompt "
+            "columns that it read before this steering, or in another prompt: give the whole text without that cache"
+        )
+    among = now.key_columns(PromptKeys() if keys.group is None else SpanKeys(keys.group), item.spans)
+    return fit(among & fit(peaks > keys.threshold, now.columns), *now.keys[layer])
 
 
 def _keep(items: list[Placed], now: Pass, length: int, start: int, heads: int, again: bool) -> KeepMass:

@@ -45,8 +45,7 @@ class Massive:
     @torch.no_grad()
     def of(cls, hidden: torch.Tensor, columns: torch.Tensor) -> Self:
         """Those of a hidden state [B, Tq, D] of tokens in `columns`."""
-        size = max(1, _AT_ONCE // max(hidden.shape[0] * hidden.shape[2], 1))
-        parts = [_largest(part) for part in hidden.split(size, 1)]
+        parts = [_largest(part) for part in hidden.split(_size(hidden), 1)]
         values, channels, median = (torch.cat(some, 1) for some in zip(*parts, strict=True))
         pads = columns < 0
         return cls(
@@ -75,6 +74,16 @@ class Massive:
         columns = self.columns[row, token].tolist()
         channels, values = self.channels[places].tolist(), self.values[places].tolist()
         return [Activation(*each) for each in zip(row.tolist(), columns, channels, values, strict=True)]
+
+
+def median_magnitude(hidden: torch.Tensor) -> torch.Tensor:
+    """Median of |x| of each token of a hidden state [B, Tq, D], of the middle two the lower, fp32 [B, Tq]."""
+    return torch.cat([part.float().abs().median(-1).values for part in hidden.split(_size(hidden), 1)], 1)
+
+
+def _size(hidden: torch.Tensor) -> int:
+    """Tokens of a row that are looked at together."""
+    return max(1, _AT_ONCE // max(hidden.shape[0] * hidden.shape[2], 1))
 
 
 def _largest(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from steerlens.edits import FirstToken, Keys, Phase, PromptKeys, Sinks, SpanKeys, UntilSpan
+from steerlens.edits import FirstToken, Keys, Outliers, Phase, PromptKeys, Sinks, SpanKeys, UntilSpan
 from steerlens.errors import SpanError
 from steerlens.spans import Spans
 
@@ -62,6 +62,7 @@ class Prompt:
         sinks: states of the edits that find sinks, by (context, layer, edit).
         started: B of the first forward.
         notes: what edits wrote down of what the cache holds.
+        peaks: max_c |x_c| / rms(x) of the columns read so far, fp32 [B, columns], by (layer, channels); see `Outliers`.
     """
 
     batch: int
@@ -74,6 +75,7 @@ class Prompt:
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
     started: int = 0
     notes: set[Hashable] = field(default_factory=set)
+    peaks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
     _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
     _elsewhere: dict[torch.device, Prompt] = field(default_factory=dict)
 
@@ -108,8 +110,9 @@ class Prompt:
         real = None if self.real is None else self.real[index]
         sinks = {key: state.select(index) for key, state in self.sinks.items()}
         first, stop = self.first[index], self.stop[index]
+        peaks = {key: table[index.to(table.device)] for key, table in self.peaks.items()}
         return Prompt(
-            len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started, set(self.notes)
+            len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started, set(self.notes), peaks
         )
 
     def on(self, device: torch.device) -> Prompt:
@@ -162,7 +165,7 @@ class Prompt:
         in_prompt = columns < self.stop[:, None]
         if isinstance(keys, PromptKeys) and not keys.sections:
             return in_prompt
-        assert spans is not None and not isinstance(keys, Sinks)
+        assert spans is not None and not isinstance(keys, Sinks | Outliers)
         if isinstance(keys, PromptKeys):
             return in_prompt & (self.sections(spans, keys.group) >= keys.sections)[:, None]
         if isinstance(keys, UntilSpan):

@@ -78,7 +78,9 @@ class Record(Captured, Observer):
             facts.name,
         )
         self._attention = tuple(stat for stat in self.stats if stat in STATS)
-        self._massive = decoder.layers(self._engine.base, self._heads) if "massive" in self.stats else {}
+        self._massive: dict[int, torch.nn.Module] = {}
+        if "massive" in self.stats:
+            self._massive = decoder.layers(self._engine.base, self._heads, "leave 'massive' out of stats")
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:

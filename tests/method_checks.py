@@ -29,15 +29,17 @@ def compute(backend, call):
         return backends.attention(backend.partition("-")[0], call)
 
 
-def attend(weights, method, backend, *, spans=None, prompt=None, layers=1, layer=0):
+def attend(weights, method, backend, *, spans=None, prompt=None, layers=1, layer=0, peaks=None):
     """Weights [H, Tq, Tk] after a method, of a layer where they are `weights` before it.
 
-    The query rows are the last Tq of Tk columns, of which the first `prompt` (by default all) are the prompt.
+    The query rows are the last Tq of Tk columns, of which the first `prompt` (by default all) are the prompt. `peaks`
+    are those of `Prompt.peaks`, by channels.
     """
     x = torch.tensor(weights, dtype=torch.float32).log()
     H, Tq, Tk = x.shape
     facts = ModelFacts("oracle", "llama", layers, (H,) * layers, (1,) * layers)
     now = Pass(Prompt.start(prompt or Tk, None, 1, x.device), Tk - Tq, Tq, None, True, {layer: (Tk, 0)})
+    now.prompt.peaks = {(layer, channels): torch.tensor([row]) for channels, row in (peaks or {}).items()}
     spans = None if spans is None else Spans.of(spans)
     placed = [Placed(e, spans, i, None) for i, e in enumerate(method.plan(facts, spans).get(layer, ()))]
     eye = torch.eye(Tk)[None, None]

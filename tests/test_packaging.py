@@ -67,7 +67,7 @@ def test_public_names():
     import steerlens
 
     assert set(steerlens.__all__) == {
-        "PerRow", "Recipe", "Record", "Spans", "Steering", "capture", "encode", "load_recipe", "steer",
+        "PerRow", "Recipe", "Record", "Spans", "Steering", "capture", "encode", "key_sentences", "load_recipe", "steer",
     }  # fmt: skip
     for name in steerlens.__all__:
         assert getattr(steerlens, name).__name__ == name

@@ -1,4 +1,4 @@
-"""Fits of the vectors that some methods steer along, from examples; each returns a `VectorFile` to save."""
+"""Fits of what some methods steer by, from examples; most return a `VectorFile` to save."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from steerlens.fitting.channels import positional_channels
 from steerlens.fitting.focus import focus_directions
 from steerlens.fitting.keys import adaseka, seka
 from steerlens.fitting.lookback import lookback_lens
+from steerlens.fitting.massive import massive_activations
 from steerlens.fitting.probes import iti, nl_iti
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "focus_directions",
     "iti",
     "lookback_lens",
+    "massive_activations",
     "nl_iti",
     "output_bias",
     "positional_channels",
