@@ -145,6 +145,15 @@ class Steering:
         if self in engine.contexts:
             raise SteeringStateError(f"{self.describe()} is attached already")
         engine.claim()
+        return self.join()
+
+    def join(self) -> Self:
+        """Start steering inside a forward or `generate` of contexts in force, in whatever thread that runs.
+
+        Raises:
+            SteeringStateError: if another backend than this one is in force.
+        """
+        engine = self._engine = Engine.of(self._engine.base)
         named = {c.backend for c in engine.contexts if c.backend != "auto"} | {self.backend} - {"auto"}
         if len(named) > 1:
             raise SteeringStateError(f"contexts on one model name different backends: {', '.join(sorted(named))}")

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,6 +141,7 @@ class Engine(Guarded):
         self.prompts: weakref.WeakKeyDictionary[Cache, tuple[Any, Prompt]] = weakref.WeakKeyDictionary()
         self.current: Pass | None = None
         self.scope: Scope | None = None
+        self.branches = 1  # rows of a forward that each of the callers' rows becomes (see `branching`)
         self.wrappers: dict[int, Wrapper] = {}
         self.thread = threading.get_ident()
         self._running: int | None = None
@@ -301,7 +303,7 @@ class Engine(Guarded):
                 return found[1]
             raise UnsupportedError(f"the cache holds a prompt of {found[1].batch} rows, this forward has {batch}")
         ids, given = (tokens, mask) if scope is None else (scope.ids, scope.mask)
-        expand = 1 if scope is None else scope.expand
+        expand = self.branches * (1 if scope is None else scope.expand)
         self._check_rows(batch, expand, None if seen and scope is None else ids, given)
         width = seen + length if scope is None else scope.width
         if scope is not None:
@@ -321,6 +323,13 @@ class Engine(Guarded):
         if cache is not None:
             follow(self.prompts, cache, (scope, prompt))
         return prompt
+
+    def widen(self, cache: Cache, times: int) -> None:
+        """Repeat each row of a cache; the repeated rows are from now on what spans and `PerRow` count."""
+        cache.batch_repeat_interleave(times)
+        if (found := self.prompts.get(cache)) is not None:
+            prompt = replace(found[1], origin=None, started=found[1].batch, _columns={}, _elsewhere={})
+            self.prompts[cache] = (found[0], prompt)
 
     def _check_rows(self, batch: int, expand: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         for user in self.users:
