@@ -1,24 +1,32 @@
 """FocusICL: the numbers of methods/context.md §6."""
 
 import itertools
+import json
 import math
+import random
+import sys
 
 import pytest
 import torch
 from method_checks import BACKENDS, apart, attend, close, generate, keeps_its_promises
 from small_models import NO_SDPA
+from typer.testing import CliRunner
 
 import steerlens
-from steerlens import around, blocks
+from steerlens import around, blocks, models
 from steerlens.backends.call import Call
+from steerlens.cli import app
 from steerlens.edits import DropLowest, SpanKeys
 from steerlens.errors import MethodError, SpanError, UnsupportedError
+from steerlens.examples import Example, ExampleError
+from steerlens.fitting import focusicl
 from steerlens.methods import PASTA, ZeroTuning, get
 from steerlens.methods.focusicl import FocusICL
 from steerlens.passes import Pass, Prompt
 from steerlens.prompted import Setting
 from steerlens.spans import Spans
 
+focus = sys.modules["steerlens.fitting.focusicl"]  # the function has its module's name
 SCORES = torch.tensor([1, 0, 2, -1, 0.5, 1.5, 1, 0.5])
 VALUES = torch.arange(1.0, 9.0)
 SPANS = {"demos": [[(2, 6), (7, 9), (10, 13), (13, 16)], [(8, 10), (10, 12), (13, 16)], [(4, 8)]]}
@@ -203,3 +211,51 @@ def test_refusals(model, model_of, row):
         capture = steerlens.capture(other) if options.pop("capture", False) else steerlens.steer(other, [])
         with steerlens.steer(other, FocusICL(0.3, 1), spans), capture, pytest.raises(UnsupportedError, match=message):
             other.generate(row, max_new_tokens=2, **options)
+
+
+def test_choice_of_fraction_and_batch():
+    assert focus.choose({0.1: (3, 2.5, 2.2, 2.1, 2.15, 2.3, 2.4)}) == (0.1, 4)
+    assert focus.choose({0.0: (3, 3, 3, 3), 0.2: (3, 2.5, 2.2, 2.1), 0.4: (3, 2.5, 2.2, 2.2)}) == (0.2, None)
+
+
+LABELS = {"iron": "fep", "truck": "blick", "silver": "fep", "cobalt": "fep", "tractor": "blick"}
+EXAMPLES = [Example(f"{word} belongs to", f"{label}.") for word, label in LABELS.items()]
+
+
+def test_search_scores_answers_behind_their_demonstrations():
+    model, tokenizer = models.load("tiny")
+    found, table = [], []
+    choose = focus.choose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(focus, "choose", lambda perplexities: (table.append(perplexities), choose(perplexities))[1])
+        method = focusicl(
+            model, tokenizer, EXAMPLES, fractions=(0.0, 0.4), draws=2, most=3, separator=" ", advance=found.append
+        )
+    assert len(found) == 2 * 4 * 2 and isinstance(method, FocusICL) and method.fraction in (0.0, 0.4)
+    shuffle = random.Random(0)
+    expected = [0.0] * 4
+    for _ in range(2):
+        order = shuffle.sample(EXAMPLES, 4)
+        for i, target in enumerate(order):
+            texts = [f"{e.prompt} {e.answer}" for e in order[: i + 1]]
+            ids = tokenizer(" ".join(texts), return_tensors="pt")["input_ids"]
+            answer = len(tokenizer(" " + target.answer, add_special_tokens=False)["input_ids"])
+            with torch.no_grad():
+                logs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-answer:]
+            expected[i] += float((-logs.mean()).exp()) / 2
+    assert table[0][0.0] == pytest.approx(expected, rel=1e-4)
+    assert table[0][0.4][0] == table[0][0.0][0] and table[0][0.4][3] != pytest.approx(expected[3], rel=1e-4)
+    with pytest.raises(ExampleError, match="most=1 of 5 examples; allowed: 2 to 4"):
+        focusicl(model, tokenizer, EXAMPLES, most=1)
+    with pytest.raises(ExampleError, match="'answer'"):
+        focusicl(model, tokenizer, [*EXAMPLES, Example("gold belongs to")])
+
+
+def test_command_line(tmp_path):
+    file = tmp_path / "demos.jsonl"
+    file.write_text("\n".join(json.dumps(f"{word} belongs to {label}.") for word, label in LABELS.items()))
+    question = "Question: What does tractor belong to? Answer:"
+    arguments = ["--demos", str(file), "--query", question, "--prompt", "{demos} {query}", "--max-new-tokens", "2"]
+    found = CliRunner().invoke(app, ["run", "--recipe", "focusicl-tiny", *arguments])
+    assert found.exit_code == 0, found.output
+    assert found.stdout.strip().startswith("blick")
