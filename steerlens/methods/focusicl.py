@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from steerlens.edits import HIDE, Around, DropLowest, Edit, MassLaw, Redistribute, Reweight, Scale, SpanKeys
+from steerlens.edits import Around, DropLowest, Edit, MassLaw, Redistribute, Reweight, Scale, SpanKeys
 from steerlens.errors import MethodError, SpanError
 from steerlens.methods.prompted import PromptedMethod
 
@@ -86,14 +86,13 @@ class FocusICL(PromptedMethod):
 
     def edits(self, heads: tuple[int, ...], counts: Sequence[int]) -> tuple[Edit | Around, ...]:
         """A layer's edits for rows of so many batches."""
+        from steerlens import blocks
+
         found: list[Edit | Around] = []
         if self.fraction > 0:
             found.append(DropLowest(heads, SpanKeys(GROUP), self.fraction))
         most = max(counts)
-        found += [
-            Reweight(heads, SpanKeys("before", k - 1), Scale(HIDE), queries=SpanKeys("batches", k))
-            for k in range(1, most)
-        ]
+        found += blocks.apart(heads, "batches", most)
         if self.weights == "demos" and most > 1:
             found.append(Redistribute(heads, tuple(SpanKeys("batches", k) for k in range(most)), ByDemos()))
         for count in sorted(set(counts) - {1}) if self.weights == "all" else ():
@@ -126,10 +125,9 @@ class FocusICL(PromptedMethod):
         if max(counts) > 1:
             blocks.check(self.name, model, facts)
             positions = blocks.aligned(prompts.first, batches, width).to(prompts.ids.device)
-        groups = {
+        groups: dict[str, Sequence[Sequence[Range]]] = {
             GROUP: [[(row[0][0], row[-1][1])] for row in batches],
-            "batches": batches,
-            "before": [[(row[0][0], a) for a, _ in row[1:]] for row in batches],
+            **blocks.groups("batches", batches),
             "behind": [[(row[-1][1], width)] for row in batches],
         }
         plan = {n: self.edits(tuple(range(facts.heads[n])), counts) for n in facts.attention_layers}
