@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from steerlens import backends
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call, Lowered
-from steerlens.edits import AddOutput, Around, LiftLogits, ShiftQuery
+from steerlens.edits import HIDE, AddOutput, Around, DropLowest, LiftLogits, ShiftQuery
 from steerlens.errors import MethodError, UnsupportedError
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
@@ -64,10 +64,10 @@ def add(output: torch.Tensor, placed: list[Placed], now: Pass, first: int, outle
 def attention(
     backend: str, call: Call, placed: list[Placed], now: Pass, layer: int, lowered: Callable[[Pass], list[Lowered]]
 ) -> torch.Tensor:
-    """Attention by a backend, [B, H, Tq, Dv], with the logits of decode rows lifted where an edit says so.
+    """Attention by a backend, [B, H, Tq, Dv], with single logits of decode rows lifted or dropped as edits say.
 
-    A lift depends on q·k, so no bias of a set of keys is it. The rows it is for, few in generation, are attended again
-    with the lift in their mask.
+    Which and by how much depends on q·k, so no bias of a set of keys is it. The rows it is for, few in generation, are
+    attended again with it in their mask.
 
     Args:
         backend: its name.
@@ -77,7 +77,7 @@ def attention(
         layer: layer index.
         lowered: the layer's other edits for some of the rows.
     """
-    lifts = [p for p in placed if isinstance(p.edit, LiftLogits)]
+    lifts = [p for p in placed if one_by_one(p)]
     if not lifts:
         return backends.attention(backend, call)
     rows = call.query.shape[2]
@@ -93,6 +93,11 @@ def attention(
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
+def one_by_one(item: Placed) -> bool:
+    """Whether an edit changes logits key by key."""
+    return isinstance(item.edit, LiftLogits | DropLowest)
+
+
 def _first_row(lifts: list[Placed], now: Pass) -> int:
     """The first column whose row any of the edits is for."""
     if any(p.edit.phase != "decode" for p in lifts):
@@ -103,14 +108,14 @@ def _first_row(lifts: list[Placed], now: Pass) -> int:
 
 
 def _lifted(call: Call, rows: slice, lifts: list[Placed], now: Pass, layer: int, edits: list[Lowered]) -> Call:
-    """The call of some rows, its mask an additive one that lifts their logits; [B, H, r, Tk] of memory."""
+    """The call of some rows, its mask an additive one that changes their logits; [B, H, r, Tk] of memory."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     shape = (*call.query.shape[:2], now.q_len, call.key.shape[2])
     additive = call.additive(rows, dtype).expand(shape)
     lift = torch.zeros(shape, dtype=dtype, device=call.query.device)
-    for item in lifts:
+    for item in sorted(lifts, key=lambda item: isinstance(item.edit, DropLowest)):
         edit = item.edit
-        assert isinstance(edit, LiftLogits)
+        assert isinstance(edit, LiftLogits | DropLowest)
         heads = [h - call.first for h in edit.heads if call.first <= h < call.first + shape[1]]
         if not heads:
             continue
@@ -118,8 +123,9 @@ def _lifted(call: Call, rows: slice, lifts: list[Placed], now: Pass, layer: int,
         if (where := rows_of(item, now)) is not None:
             keys = keys & where[:, None, :, None]
         x = reference.logits(call, rows, heads)
-        x = torch.where(keys & (x > -torch.inf), x + lift[:, heads], 0)
-        lift = lift.index_add(1, torch.tensor(heads, device=lift.device), edit.fraction * x.abs())
+        seen, x = keys & (x > -torch.inf), x + lift[:, heads]
+        change = edit.fraction * x.where(seen, 0).abs() if isinstance(edit, LiftLogits) else _lowest(x, seen, edit)
+        lift = lift.index_add(1, torch.tensor(heads, device=lift.device), change)
     # a row of pads that sees no key must not come out NaN
     mask = torch.where(additive == -torch.inf, torch.finfo(call.query.dtype).min, additive + lift)
     if call.query.device.type != "cpu":
@@ -128,6 +134,13 @@ def _lifted(call: Call, rows: slice, lifts: list[Placed], now: Pass, layer: int,
     return replace(
         call, query=call.query[:, :, rows], mask=mask, offset=offset, plain=False, window=None, edits=edits, memo={}
     )
+
+
+def _lowest(x: torch.Tensor, seen: torch.Tensor, edit: DropLowest) -> torch.Tensor:
+    """`HIDE` for the lowest of the seen logits [B, h, r, Tk], 0 elsewhere."""
+    count = (seen.sum(-1, keepdim=True) * edit.fraction + 1e-6).floor()
+    rank = x.detach().masked_fill(~seen, torch.inf).argsort(dim=-1, stable=True).argsort(-1)
+    return torch.where(seen & (rank < count), HIDE, 0.0).to(x.dtype)
 
 
 def _plus(values: torch.Tensor, placed: list[Placed], now: Pass, first: int, what: str) -> torch.Tensor:

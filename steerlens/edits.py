@@ -232,6 +232,20 @@ class LiftLogits:
 
 
 @dataclass(frozen=True)
+class DropLowest:
+    """Of the `keys` that a row sees, the `fraction` with the lowest logits, rounded down, get no weight.
+
+    Each head and row by itself, after lifts and before every other edit; of equal logits the earlier key goes first.
+    """
+
+    heads: tuple[int, ...]
+    keys: SpanKeys
+    fraction: float
+    phase: Phase = "decode"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class ProjectKeys:
     """k' = k + `scale`·M k on `keys`, before any position encoding, once: what a cache holds stays as it is.
 
@@ -313,7 +327,7 @@ class SetActivations:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits | ProjectKeys | RouteKeys | ScaleChannel | SetActivations
+Around = ShiftQuery | AddOutput | LiftLogits | DropLowest | ProjectKeys | RouteKeys | ScaleChannel | SetActivations
 """Edits of what goes into an attention call and comes out of it, or of its layer: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

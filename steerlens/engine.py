@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerlens import around, caches, decoder, inlets, masks, rescaling, selfcheck, stream
 from steerlens.backends.call import Call, Lowered
-from steerlens.edits import LiftLogits, Reweight, Sinks
+from steerlens.edits import Reweight, Sinks
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
 from steerlens.follow import follow, release
 from steerlens.generation import Scope, Wrapper
@@ -420,16 +420,18 @@ class Engine(Guarded):
         again, now.memo[called] = called in now.memo, True
         call.edits = lower(placed, now, site.layer, heads, again)
         want_weights = self._asked_for_weights or bool(extra.get("output_attentions"))
-        lifted = any(isinstance(p.edit, LiftLogits) for p in site.around)
+        lifted = any(map(around.one_by_one, site.around))
         if lifted and (want_weights or any(map(_looks, self.observers))):
             raise UnsupportedError(
-                f"{self.describe()}: logits of layer {site.layer} are lifted one by one, which no statistic or weight "
-                "of its attention shows: leave out capture, report='mass' and output_attentions=True"
+                f"{self.describe()}: logits of layer {site.layer} are lifted one by one or dropped, which no "
+                "statistic or weight of its attention shows: leave out capture, report='mass' and "
+                "output_attentions=True"
             )
         if lifted and any(isinstance(p.edit, Reweight) and isinstance(p.edit.keys, Sinks) for p in placed):
             raise UnsupportedError(
-                f"{self.describe()}: logits of layer {site.layer} are lifted one by one, but sinks are found in the "
-                "attention of whole prompts: give the two methods different layers, or steer with one of them"
+                f"{self.describe()}: logits of layer {site.layer} are lifted one by one or dropped, but sinks "
+                "are found in the attention of whole prompts: give the two methods different layers, or steer with one "
+                "of them"
             )
         if not placed and not lifted:
             output, matrix = site.native(query, key, value, mask, dropout=dropout, scaling=scaling, **extra)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import steerlens
+from steerlens import prompted
 from steerlens.cli import app
 from steerlens.errors import MethodError, SpanError, SteeringStateError, UnsupportedError
 from steerlens.methods import PASTA, ZeroTuning, get
 from steerlens.methods import attention_sorting as sorting
-from steerlens.methods.attention_sorting import AttentionSorting, attention_on
+from steerlens.methods.attention_sorting import AttentionSorting
+from steerlens.prompted import attention_on
 
 DOCUMENTS = [(2, 6), (6, 9), (11, 15), (15, 16)]
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -26,7 +28,7 @@ def scored(monkeypatch):
 
     def give(*rows):
         left = list(rows)
-        monkeypatch.setattr(sorting, "attention_on", lambda *_: [left.pop(0)])
+        monkeypatch.setattr(prompted, "attention_on", lambda *_: [left.pop(0)])
         return left
 
     return give

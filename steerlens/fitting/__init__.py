@@ -6,6 +6,7 @@ from steerlens.fitting.anchors import anchor_reweighting
 from steerlens.fitting.baking import bake, output_bias
 from steerlens.fitting.channels import positional_channels
 from steerlens.fitting.focus import focus_directions
+from steerlens.fitting.focusicl import focusicl
 from steerlens.fitting.keys import adaseka, seka
 from steerlens.fitting.lookback import lookback_lens
 from steerlens.fitting.massive import massive_activations
@@ -16,6 +17,7 @@ __all__ = [
     "anchor_reweighting",
     "bake",
     "focus_directions",
+    "focusicl",
     "iti",
     "lookback_lens",
     "massive_activations",

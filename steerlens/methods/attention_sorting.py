@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from steerlens.errors import MethodError, SpanError, UnsupportedError
+from steerlens.errors import MethodError
 from steerlens.methods.base import PromptMethod
 from steerlens.spans import Range, Spans, digests
-
-if TYPE_CHECKING:
-    import torch
 
 GROUP = "documents"
 
@@ -78,21 +74,20 @@ class AttentionSorting(PromptMethod):
         """
         import torch
 
+        from steerlens import prompted
+
         if not self.iterations:
             return inputs, spans
-        name, ids, mask = _tokens(inputs)
-        if spans is None or GROUP not in spans.groups:
-            raise SpanError(
-                f"{self.name} needs the span group {GROUP!r}: pass spans= from steerlens.encode(…, "
-                'groups={"documents": [texts]}), or {"documents": per row a list of (start, stop)}'
-            )
-        spans.check(ids, mask)
-        documents = _documents(spans, ids, mask)
+        name, ids, mask = prompted.tokens(self.name, inputs)
+        if spans is not None:
+            spans.check(ids, mask)
+        documents = prompted.sections(self.name, GROUP, spans, ids, mask)
+        assert spans is not None
         # columns[row][new place] = the column that the token came from
         columns = [list(range(ids.shape[1])) for _ in documents]
         now = ids
         for _ in range(self.iterations):
-            scores = attention_on(model, now, mask, documents)
+            scores = prompted.attention_on(model, now, mask, documents)
             orders = [self.order(row) for row in scores]
             if all(order == sorted(order) for order in orders):
                 break
@@ -105,82 +100,6 @@ class AttentionSorting(PromptMethod):
         }
         fingerprint = None if spans.fingerprint is None else digests(now, mask)
         return {**inputs, name: now}, Spans(moved, fingerprint)
-
-
-def attention_on(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor | None, documents: Sequence[Sequence[Range]]
-) -> list[list[float]]:
-    """Per row and document, the attention mass from the last row, a mean over layers and query heads.
-
-    Args:
-        model: a transformers model, read unsteered.
-        ids: [B, T], left-padded.
-        mask: [B, T] or None.
-        documents: per row, disjoint column ranges.
-    """
-    import torch
-
-    from steerlens.measures.base import forward
-    from steerlens.observing import alone
-    from steerlens.recording import Record
-
-    most = max(map(len, documents))
-    groups = {str(k): tuple((tuple(row[k : k + 1])) for row in documents) for k in range(most)}
-    record = Record(model, Spans(groups), ("mass",), "last", "all")
-    with torch.no_grad(), alone(record):
-        forward(model, ids, torch.ones_like(ids) if mask is None else mask, keep=1)
-    heads, total = 0, torch.zeros(len(documents), most, dtype=torch.float64)
-    for layer in record.layers:
-        mass = record[layer].mass
-        assert mass is not None
-        total += mass[:, :, -1].double().sum(1).cpu()
-        heads += mass.shape[1]
-    return [row[: len(mine)] for row, mine in zip((total / heads).tolist(), documents, strict=True)]
-
-
-def _tokens(inputs: Mapping[str, Any]) -> tuple[str, torch.Tensor, torch.Tensor | None]:
-    """The entry that holds the prompts' ids, the ids, and their mask."""
-    import torch
-
-    from steerlens import caches
-
-    cache = caches.find(inputs)
-    if cache is not None and cache.get_seq_length():
-        raise UnsupportedError(
-            f"attention_sorting moves documents, and the cache holds {cache.get_seq_length()} columns of the prompt "
-            "where they are: give the whole prompt without a cache"
-        )
-    name = next((n for n in ("input_ids", "inputs") if isinstance(inputs.get(n), torch.Tensor)), None)
-    if name is None or inputs.get("inputs_embeds") is not None or inputs[name].is_floating_point():
-        raise UnsupportedError("attention_sorting sorts token ids: give input_ids, not embeddings")
-    mask = inputs.get("attention_mask")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-        raise UnsupportedError("attention_sorting needs attention_mask as [B, T], or none")
-    return name, inputs[name], mask
-
-
-def _documents(spans: Spans, ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[Range]]:
-    """Per row the documents in the order in which they stand, without the pads that a range may cover."""
-    if spans.rows != len(ids):
-        raise SpanError(f"spans describe {spans.rows} prompt rows, the batch has {len(ids)}")
-    found = []
-    for row, ranges in enumerate(spans.groups[GROUP]):
-        first = 0 if mask is None else int(mask[row].argmax())
-        if mask is not None and not mask[row, -1]:
-            raise SpanError(f"attention_sorting: row {row} is padded on the right; pad on the left")
-        kept = sorted((max(start, first), stop) for start, stop in set(ranges) if stop > first)
-        if not kept:
-            raise SpanError(
-                f"attention_sorting: row {row} has no documents (span group {GROUP!r}): name them in every row, or "
-                "leave the row out"
-            )
-        if kept[-1][1] > ids.shape[1]:
-            raise SpanError(f"attention_sorting: row {row}: document {kept[-1]} ends after the {ids.shape[1]} columns")
-        for one, other in pairwise(kept):
-            if one[1] > other[0]:
-                raise SpanError(f"attention_sorting: row {row}: the documents {one} and {other} overlap")
-        found.append(kept)
-    return found
 
 
 def _rearranged(
