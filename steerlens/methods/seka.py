@@ -53,6 +53,7 @@ class SEKA(EditMethod):
     chunk_exact: ClassVar[bool] = True
     search: ClassVar[Mapping[str, Search]] = {
         "positive": Search((0.2, 0.4, 0.8, 1.0, 1.5, 2.0), neutral=0.0, log=False),
+        "negative": Search((0.1, 0.2, 0.4, 0.8), neutral=0.0, log=False),
     }
 
     def __post_init__(self) -> None:
