@@ -260,6 +260,7 @@ class Engine(Guarded):
         if tokens is None:
             return
         cache = caches.find(given)
+        caches.refuse_foreign(cache)
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, length = tokens.shape[:2]
         masks.refuse_packed(given, cache)

@@ -260,7 +260,9 @@ def _outliers(item: Placed, keys: Outliers, now: Pass, layer: int) -> torch.Tens
             "columns that it read before this steering, or in another prompt: give the whole text without that cache"
         )
     among = now.key_columns(PromptKeys() if keys.group is None else SpanKeys(keys.group), item.spans)
-    return fit(among & fit(peaks > keys.threshold, now.columns), *now.keys[layer])
+    # a layer on a device of its own reads what the one before it left on another
+    found = fit(peaks > keys.threshold, now.columns).to(among.device)
+    return fit(among & found, *now.keys[layer])
 
 
 def _keep(items: list[Placed], now: Pass, length: int, start: int, heads: int, again: bool) -> KeepMass:

@@ -196,6 +196,28 @@ class TestTurns:
         assert generate(model, METHODS["pasta"], spans, ids, mask, past_key_values=cache).sequences.shape[1] == 42
 
 
+def test_a_cache_that_drops_tokens_is_refused(model, row):
+    """As StreamingLLM's, which holds the first and the last tokens: its keys are other tokens' than steering counts."""
+
+    class Streaming(cache_utils.DynamicLayer):
+        def update(self, keys, values, *args, **kwargs):
+            found = super().update(keys, values)
+            held = [*range(4), *range(max(self.keys.shape[2] - 6, 4), self.keys.shape[2])]
+            self.keys, self.values = self.keys[:, :, held], self.values[:, :, held]
+            return found
+
+    layers = [Streaming() for _ in model.model.layers]
+    with torch.no_grad(), steerlens.steer(model, METHODS["pasta"], [[(4, 7)]]):
+        for given in ({"layers": layers}, {"layer_class_to_replicate": Streaming}):
+            with pytest.raises(UnsupportedError, match=r"has layers of .*Streaming: whether they hold every token"):
+                model(row, past_key_values=cache_utils.Cache(**given))
+        model(row, past_key_values=DynamicCache())
+    cache = cache_utils.Cache(layers=layers)
+    with torch.no_grad():
+        model(row, past_key_values=cache)
+    assert cache.get_seq_length() == 10
+
+
 class TestPrefix:
     """A prefix by a bare forward, the rest of the prompt on its cache."""
 
