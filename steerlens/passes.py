@@ -62,6 +62,7 @@ class Prompt:
         sinks: states of the edits that find sinks, by (context, layer, edit).
         started: B of the first forward.
         notes: what edits wrote down of what the cache holds.
+        choices: what edits chose by the whole prompt, per row of the first forward.
     """
 
     batch: int
@@ -74,6 +75,7 @@ class Prompt:
     sinks: dict[Hashable, SinkState] = field(default_factory=dict)
     started: int = 0
     notes: set[Hashable] = field(default_factory=set)
+    choices: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
     _elsewhere: dict[torch.device, Prompt] = field(default_factory=dict)
 
@@ -109,7 +111,17 @@ class Prompt:
         sinks = {key: state.select(index) for key, state in self.sinks.items()}
         first, stop = self.first[index], self.stop[index]
         return Prompt(
-            len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started, set(self.notes)
+            len(index),
+            self.width,
+            first,
+            stop,
+            real,
+            self.beams,
+            origin,
+            sinks,
+            self.started,
+            set(self.notes),
+            dict(self.choices),
         )
 
     def on(self, device: torch.device) -> Prompt:

@@ -205,7 +205,7 @@ def test_refusals(model, model_of, row):
     for message, other, options in (
         ("mix tokens without it", model_of("qwen3_next"), {}),
         ("leave out position_ids", model, {"position_ids": torch.arange(20)[None]}),
-        ("packed into one row", model, {"use_cache": False}),
+        ("focusicl .* packed sequences", model, {"use_cache": False}),
         ("dropped", model, {"capture": True}),
     ):
         capture = steerlens.capture(other) if options.pop("capture", False) else steerlens.steer(other, [])
