@@ -68,11 +68,13 @@ class Setting(EditMethod):
     """What was found for some prompts.
 
     Attributes:
+        method: that found it, for messages.
         edits: per layer.
         groups: span groups that the edits name, in columns of the prompts.
         positions: position ids of the prompts, int64 [B, T], where they are not those of the text.
     """
 
+    method: str
     edits: Plan
     groups: Mapping[str, Sequence[Sequence[Range]]]
     positions: torch.Tensor | None = None
@@ -82,6 +84,7 @@ class Setting(EditMethod):
     summary: ClassVar[str] = "edits found for some prompts"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.method)
         object.__setattr__(self, "needs", tuple(self.groups))
 
     def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
@@ -193,8 +196,8 @@ def generate(method: PromptedMethod, model: Any, inputs: Mapping[str, Any], span
             raise UnsupportedError(f"{method.name} gives the prompt positions of its own: leave out position_ids")
         if options.get("use_cache") is False and (mask is None or bool(mask.all())):
             raise UnsupportedError(
-                f"{method.name} gives blocks positions of their own, which transformers takes for packed sequences where "
-                "no row is padded and there is no cache: leave use_cache on"
+                f"{method.name} gives blocks positions of their own, which transformers takes for packed sequences "
+                "where no row is padded and there is no cache: leave use_cache on"
             )
         options = {**options, "position_ids": setting.positions}
     with _joined(model, setting, setting.groups):

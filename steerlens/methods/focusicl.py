@@ -128,4 +128,4 @@ class FocusICL(PromptedMethod):
             "behind": [[(row[-1][1], width)] for row in batches],
         }
         plan = {n: self.edits(tuple(range(facts.heads[n])), counts) for n in facts.attention_layers}
-        return Setting(plan, groups, positions)
+        return Setting(self.name, plan, groups, positions)

@@ -95,4 +95,4 @@ class SelectiveContext(PromptedMethod):
             positions = blocks.aligned(prompts.first, documents, width, "start").to(prompts.ids.device)
         groups = blocks.groups(BLOCKS, documents) | {BEHIND: [[(row[-1][1], width)] for row in documents]}
         plan = {n: self.edits(tuple(range(facts.heads[n])), most) for n in facts.attention_layers}
-        return Setting(plan, groups, positions)
+        return Setting(self.name, plan, groups, positions)
