@@ -5,7 +5,7 @@ Shapes as in `steerlens.passes`; D head dim of what is edited.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from steerlens import backends
 from steerlens.backends import reference, sdpa
 from steerlens.backends.call import Call, Lowered
-from steerlens.edits import HIDE, AddOutput, Around, DropLowest, LiftLogits, ShiftQuery
+from steerlens.edits import HIDE, AddOutput, Around, DropLowest, KeepTop, LiftLogits, ShiftQuery
 from steerlens.errors import MethodError, UnsupportedError
 from steerlens.passes import Pass, fit
 from steerlens.spans import Spans
@@ -83,6 +83,9 @@ def attention(
     rows = call.query.shape[2]
     first = max(now.columns - rows, _first_row(lifts, now)) - (now.columns - rows)
     parts = [backends.attention(backend, call)[:, :, :first]] if first else []
+    for item in lifts:
+        if isinstance(item.edit, KeepTop) and item.edit.pool == "rows":
+            _choose(call, item, now, layer)
     size = max(1, sdpa.budget(call) // (call.query.shape[0] * call.query.shape[1] * call.key.shape[2]))
     for start in range(first, rows, size):
         block = slice(start, min(start + size, rows))
@@ -95,16 +98,22 @@ def attention(
 
 def one_by_one(item: Placed) -> bool:
     """Whether an edit changes logits key by key."""
-    return isinstance(item.edit, LiftLogits | DropLowest)
+    return isinstance(item.edit, LiftLogits | DropLowest | KeepTop)
 
 
 def _first_row(lifts: list[Placed], now: Pass) -> int:
     """The first column whose row any of the edits is for."""
-    if any(p.edit.phase != "decode" for p in lifts):
-        return 0
     if now.q_offset >= now.prompt.width:
         return now.q_offset
-    return int(now.prompt.stop.min()) - 1
+    first = int(now.prompt.stop.min()) - 1
+    for item in lifts:
+        edit = item.edit
+        if isinstance(edit, KeepTop):
+            rows = now.prompt.key_columns(edit.rows, item.spans).any(0)
+            first = min(first, int(rows.long().argmax()) if bool(rows.any()) else first)
+        elif edit.phase != "decode":
+            return 0
+    return first
 
 
 def _lifted(call: Call, rows: slice, lifts: list[Placed], now: Pass, layer: int, edits: list[Lowered]) -> Call:
@@ -113,8 +122,11 @@ def _lifted(call: Call, rows: slice, lifts: list[Placed], now: Pass, layer: int,
     shape = (*call.query.shape[:2], now.q_len, call.key.shape[2])
     additive = call.additive(rows, dtype).expand(shape)
     lift = torch.zeros(shape, dtype=dtype, device=call.query.device)
-    for item in sorted(lifts, key=lambda item: isinstance(item.edit, DropLowest)):
+    for item in sorted(lifts, key=lambda item: isinstance(item.edit, DropLowest | KeepTop)):
         edit = item.edit
+        if isinstance(edit, KeepTop):
+            lift = lift + _unkept(call, rows, item, now, layer)
+            continue
         assert isinstance(edit, LiftLogits | DropLowest)
         heads = [h - call.first for h in edit.heads if call.first <= h < call.first + shape[1]]
         if not heads:
@@ -141,6 +153,94 @@ def _lowest(x: torch.Tensor, seen: torch.Tensor, edit: DropLowest) -> torch.Tens
     count = (seen.sum(-1, keepdim=True) * edit.fraction + 1e-6).floor()
     rank = x.detach().masked_fill(~seen, torch.inf).argsort(dim=-1, stable=True).argsort(-1)
     return torch.where(seen & (rank < count), HIDE, 0.0).to(x.dtype)
+
+
+def _unkept(call: Call, rows: slice, item: Placed, now: Pass, layer: int) -> torch.Tensor:
+    """`HIDE` for the keys of the groups that do not stay, [B, H, r, Tk], 0 elsewhere."""
+    edit = item.edit
+    assert isinstance(edit, KeepTop)
+    keys, heads = _group_keys(edit, item, now, layer), _heads(edit, call)
+    if edit.pool == "rows":
+        stays = now.prompt.choices[_choice(item, layer)].to(keys.device)
+        stays = (stays if now.prompt.origin is None else stays[now.prompt.origin])[:, None, None]
+    else:
+        scores = _scores(call, rows, heads, keys, edit.top)
+        stays = _best(scores.sum(1, keepdim=True) if edit.pool == "heads" else scores, keys, edit.keep)
+    dropped = ((~stays).float() @ keys[:, None].float()) > 0
+    where = _steered_rows(edit, item, now)
+    dropped = (dropped & where[:, None, :, None]).expand(-1, len(heads), -1, -1)
+    lift = torch.zeros(*call.query.shape[:2], now.q_len, keys.shape[-1], device=keys.device)
+    return lift.index_add(1, torch.tensor(heads, device=keys.device), HIDE * dropped.float())
+
+
+def _choose(call: Call, item: Placed, now: Pass, layer: int) -> None:
+    """Choose the groups that stay by all the prompt's rows, once for each prompt."""
+    edit, prompt, key = item.edit, now.prompt, _choice(item, layer)
+    assert isinstance(edit, KeepTop)
+    if key in prompt.choices:
+        return
+    chosen = prompt.key_columns(edit.rows, item.spans)
+    if now.q_offset > int(chosen.any(0).long().argmax()) or now.columns < prompt.width:
+        raise UnsupportedError(
+            f"groups of keys are chosen by the attention of all rows of {edit.rows.group!r}, but this forward holds "
+            f"columns {now.q_offset}..{now.columns} of a prompt of {prompt.width}: prefill the whole prompt in one "
+            "forward (no prefill_chunk_size), or choose row by row"
+        )
+    keys, heads = _group_keys(edit, item, now, layer), _heads(edit, call)
+    rows, start = call.query.shape[2], now.columns - call.query.shape[2]
+    chosen = fit(chosen, rows, start)
+    total = torch.zeros(*keys.shape[:2], device=keys.device)
+    for block in reference.blocks(call, sdpa.budget(call)):
+        counted = chosen[:, block]
+        if bool(counted.any()):
+            total = total + (_scores(call, block, heads, keys, edit.top) * counted[:, None, :, None]).sum((1, 2))
+    prompt.choices[key] = _best(total, keys, edit.keep)
+
+
+def _choice(item: Placed, layer: int) -> Hashable:
+    return layer, item.edit, id(item.spans)
+
+
+def _steered_rows(edit: KeepTop, item: Placed, now: Pass) -> torch.Tensor:
+    """Query rows that the edit is for, bool [B, r]."""
+    found = now.key_columns(edit.rows, item.spans)[:, now.q_offset : now.columns]
+    late = now.rows("decode")
+    found = torch.ones_like(found) if late is None else found | late
+    own = rows_of(item, now)
+    return found if own is None else found & own
+
+
+def _group_keys(edit: KeepTop, item: Placed, now: Pass, layer: int) -> torch.Tensor:
+    """Keys of each group, bool [B, n, Tk]."""
+    place = now.keys[layer]
+    return torch.stack([fit(now.prompt.key_columns(group, item.spans), *place) for group in edit.groups], 1)
+
+
+def _heads(edit: KeepTop, call: Call) -> list[int]:
+    heads = [h - call.first for h in edit.heads if call.first <= h < call.first + call.query.shape[1]]
+    if edit.pool != "none" and len(heads) < len(edit.heads):
+        raise UnsupportedError(
+            "groups of keys are chosen by all heads of a layer, and this process holds some of them: load the model "
+            "without tensor parallelism, or choose head by head"
+        )
+    return heads
+
+
+def _scores(call: Call, rows: slice, heads: list[int], keys: torch.Tensor, top: int) -> torch.Tensor:
+    """The sum of the `top` largest weights of each group before all edits, fp32 [B, h, r, n]."""
+    with torch.no_grad():
+        a = reference.weights(call, [], rows, heads)
+        count = min(top, a.shape[-1])
+        parts = [a.where(group[:, None, None], 0).topk(count, -1).values.sum(-1) for group in keys.unbind(1)]
+    return torch.stack(parts, -1).float()
+
+
+def _best(scores: torch.Tensor, keys: torch.Tensor, keep: int) -> torch.Tensor:
+    """Which groups have the `keep` highest scores, bool as `scores`, [B, ..., n]; a group without keys is none."""
+    empty = ~keys.any(-1)
+    empty = empty.view(len(keys), *[1] * (scores.ndim - 2), -1)
+    order = scores.masked_fill(empty, -1).argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1) < keep
 
 
 def _plus(values: torch.Tensor, placed: list[Placed], now: Pass, first: int, what: str) -> torch.Tensor:

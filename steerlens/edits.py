@@ -246,6 +246,32 @@ class DropLowest:
 
 
 @dataclass(frozen=True)
+class KeepTop:
+    """Of some groups of keys those with the highest scores stay, and the keys of the others get no weight.
+
+    A group's score is the sum of its `top` largest weights, before every other edit of the layer. Of equal scores the
+    earlier group stays.
+
+    Attributes:
+        heads: query heads of the layer.
+        groups: disjoint.
+        keep: how many groups stay.
+        rows: prompt rows it applies to, beside all decode rows.
+        pool: scores of each head and row (`none`), of a row over its heads (`heads`), or over heads and the prompt's
+            `rows`, the same for all later rows (`rows`).
+    """
+
+    heads: tuple[int, ...]
+    groups: tuple[SpanKeys, ...]
+    keep: int
+    rows: SpanKeys
+    top: int = 5
+    pool: Literal["none", "heads", "rows"] = "rows"
+    phase: Phase = "all"
+    batch: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class ProjectKeys:
     """k' = k + `scale`·M k on `keys`, before any position encoding, once: what a cache holds stays as it is.
 
@@ -327,7 +353,9 @@ class SetActivations:
     batch: tuple[int, ...] | None = None
 
 
-Around = ShiftQuery | AddOutput | LiftLogits | DropLowest | ProjectKeys | RouteKeys | ScaleChannel | SetActivations
+Around = (
+    ShiftQuery | AddOutput | LiftLogits | DropLowest | KeepTop | ProjectKeys | RouteKeys | ScaleChannel | SetActivations
+)
 """Edits of what goes into an attention call and comes out of it, or of its layer: no backend knows them."""
 Plan = Mapping[int, tuple[Edit | Around, ...]]
 """`{layer: edits in order}`; a layer without edits is absent."""

@@ -63,6 +63,7 @@ class Prompt:
         started: B of the first forward.
         notes: what edits wrote down of what the cache holds.
         peaks: max_c |x_c| / rms(x) of the columns read so far, fp32 [B, columns], by (layer, channels); see `Outliers`.
+        choices: what edits chose by the whole prompt, per row of the first forward.
     """
 
     batch: int
@@ -76,6 +77,7 @@ class Prompt:
     started: int = 0
     notes: set[Hashable] = field(default_factory=set)
     peaks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    choices: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _columns: dict[Hashable, tuple[Spans | None, torch.Tensor]] = field(default_factory=dict)
     _elsewhere: dict[torch.device, Prompt] = field(default_factory=dict)
 
@@ -112,7 +114,18 @@ class Prompt:
         first, stop = self.first[index], self.stop[index]
         peaks = {key: table[index.to(table.device)] for key, table in self.peaks.items()}
         return Prompt(
-            len(index), self.width, first, stop, real, self.beams, origin, sinks, self.started, set(self.notes), peaks
+            len(index),
+            self.width,
+            first,
+            stop,
+            real,
+            self.beams,
+            origin,
+            sinks,
+            self.started,
+            set(self.notes),
+            peaks,
+            dict(self.choices),
         )
 
     def on(self, device: torch.device) -> Prompt:

@@ -49,6 +49,14 @@ class Prompts:
         """Per row the ranges of a group in the order in which they stand, without the pads that a range may cover."""
         return sections(method, group, self.spans, self.ids, self.mask)
 
+    def behind(self, method: str, group: str) -> Sections:
+        """`sections` of a group behind which each row goes on; raises `SpanError` for a row that does not."""
+        found = self.sections(method, group)
+        for row, ranges in enumerate(found):
+            if ranges[-1][1] == self.ids.shape[1]:
+                raise SpanError(f"{method}: row {row} ends with its {group}: leave a question or a cue behind them")
+        return found
+
     @property
     def first(self) -> list[int]:
         """Column of the first token, per row."""
@@ -60,11 +68,13 @@ class Setting(EditMethod):
     """What was found for some prompts.
 
     Attributes:
+        method: that found it, for messages.
         edits: per layer.
         groups: span groups that the edits name, in columns of the prompts.
         positions: position ids of the prompts, int64 [B, T], where they are not those of the text.
     """
 
+    method: str
     edits: Plan
     groups: Mapping[str, Sequence[Sequence[Range]]]
     positions: torch.Tensor | None = None
@@ -74,6 +84,7 @@ class Setting(EditMethod):
     summary: ClassVar[str] = "edits found for some prompts"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.method)
         object.__setattr__(self, "needs", tuple(self.groups))
 
     def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
@@ -183,6 +194,11 @@ def generate(method: PromptedMethod, model: Any, inputs: Mapping[str, Any], span
     if setting.positions is not None:
         if options.get("position_ids") is not None:
             raise UnsupportedError(f"{method.name} gives the prompt positions of its own: leave out position_ids")
+        if options.get("use_cache") is False and (mask is None or bool(mask.all())):
+            raise UnsupportedError(
+                f"{method.name} gives blocks positions of their own, which transformers takes for packed sequences "
+                "where no row is padded and there is no cache: leave use_cache on"
+            )
         options = {**options, "position_ids": setting.positions}
     with _joined(model, setting, setting.groups):
         return model.generate(**inputs, **options)

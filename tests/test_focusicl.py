@@ -36,7 +36,7 @@ SPANS = {"demos": [[(2, 6), (7, 9), (10, 13), (13, 16)], [(8, 10), (10, 12), (13
 def two_batches(weights):
     method = FocusICL(0, 3, weights)
     groups = {"demos": [[(0, 6)]], "batches": [[(0, 3), (3, 6)]], "before batches": [[(0, 3)]], "behind": [[(6, 8)]]}
-    return Setting({0: method.edits((0,), [2])}, groups), groups
+    return Setting("focusicl", {0: method.edits((0,), [2])}, groups), groups
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -205,7 +205,7 @@ def test_refusals(model, model_of, row):
     for message, other, options in (
         ("mix tokens without it", model_of("qwen3_next"), {}),
         ("leave out position_ids", model, {"position_ids": torch.arange(20)[None]}),
-        ("packed into one row", model, {"use_cache": False}),
+        ("focusicl .* packed sequences", model, {"use_cache": False}),
         ("dropped", model, {"capture": True}),
     ):
         capture = steerlens.capture(other) if options.pop("capture", False) else steerlens.steer(other, [])

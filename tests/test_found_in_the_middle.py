@@ -1,5 +1,7 @@
 """Found in the Middle: the numbers of methods/context.md §1."""
 
+import threading
+
 import pytest
 import torch
 from method_checks import BACKENDS, apart, attend, close, generate, keeps_its_promises
@@ -21,10 +23,15 @@ RELEVANCE = [sum(ROW[a:b]) / (b - a) - dummy for (a, b), dummy in zip(DOCUMENTS,
 SPANS = {"documents": [[(2, 6), (6, 9), (11, 15)], [(8, 11), (12, 14)], [(4, 9), (9, 11), (12, 16)]]}
 """Of the fixture `prompts("left")`: rows of 20, 13 and 17 tokens."""
 WARM = FoundInTheMiddle(0.01)
+GREEDY = {"do_sample": False, "min_new_tokens": 4}
 
 
 def setting(law):
-    return Setting({0: (Redistribute((0,), tuple(SpanKeys("documents", k) for k in range(3)), law, "decode"),)}, {})
+    return Setting(
+        "found_in_the_middle",
+        {0: (Redistribute((0,), tuple(SpanKeys("documents", k) for k in range(3)), law, "decode"),)},
+        {},
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,6 +165,36 @@ def test_one_document_changes_nothing_and_beams_follow(model, prompts):
     with steerlens.steer(model, WARM, own):
         alone = model.generate(ids[1:2, 7:], num_beams=3, max_new_tokens=4, do_sample=False)
     assert torch.equal(found[1, 7 : 7 + alone.shape[1]], alone[0])
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_own_forwards_are_unsteered_and_not_counted(model, row, threaded):
+    spans, found, looked = {"documents": [[(2, 6), (6, 9), (11, 15)]]}, [], []
+    relevance = FoundInTheMiddle.relevance
+
+    def look(self, *given):
+        looked.append(relevance(self, *given))
+        return looked[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FoundInTheMiddle, "relevance", look)
+        for methods in ([WARM], [ZeroTuning(8.0), WARM]):
+            with (
+                steerlens.steer(model, methods, spans) as steered,
+                steerlens.capture(model, stats="entropy") as record,
+            ):
+                run = threading.Thread(target=lambda: found.append(model.generate(row, max_new_tokens=4, **GREEDY)))
+                if threaded:
+                    run.start()
+                    run.join()
+                else:
+                    run.run()
+                counts = steered.report()
+            assert record[0].entropy.shape[2] == row.shape[1] + 3
+    assert looked[0] == looked[1]
+    assert counts == {n: {"calls": 4, "rows": 23} for n in range(3)}
+    assert not torch.equal(found[0], found[1])
+    assert "generate" not in model.__dict__ and not model.__dict__.get("_steerlens_engine")
 
 
 def test_refusals(model, row):

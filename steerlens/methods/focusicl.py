@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from steerlens.edits import Around, DropLowest, Edit, MassLaw, Redistribute, Reweight, Scale, SpanKeys
-from steerlens.errors import MethodError, SpanError
+from steerlens.errors import MethodError
 from steerlens.methods.prompted import PromptedMethod
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ class FocusICL(PromptedMethod):
         from steerlens.wrapping import unwrap
 
         facts, _ = decoder.read(decoder.find(unwrap(model)))
-        demos, width = prompts.sections(self.name, GROUP), prompts.ids.shape[1]
-        for row, ranges in enumerate(demos):
-            if ranges[-1][1] == width:
-                raise SpanError(f"{self.name}: row {row} ends with its {GROUP}: leave a question or a cue behind them")
+        demos, width = prompts.behind(self.name, GROUP), prompts.ids.shape[1]
         batches = [self.batches(ranges) for ranges in demos]
         counts = [len(row) for row in batches]
         if self.fraction == 0 and max(counts) == 1:
@@ -131,4 +128,4 @@ class FocusICL(PromptedMethod):
             "behind": [[(row[-1][1], width)] for row in batches],
         }
         plan = {n: self.edits(tuple(range(facts.heads[n])), counts) for n in facts.attention_layers}
-        return Setting(plan, groups, positions)
+        return Setting(self.name, plan, groups, positions)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from steerlens.edits import MassLaw, Plan, Redistribute, SpanKeys
@@ -15,6 +16,7 @@ from steerlens.heads import Heads
 from steerlens.methods.prompted import PromptedMethod
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from steerlens.prompted import Prompts, Sections, Setting
@@ -33,13 +35,21 @@ class Shares(MassLaw):
     def log_weights(self, mass: Tensor, row: Tensor, real: Tensor) -> Tensor:
         import torch
 
-        logs = torch.tensor(self.logs, dtype=torch.float32, device=mass.device)[row][:, None, None]
+        logs = _tensor(self.logs, mass.device)[row][:, None, None]
         seen = mass > 0
         held = mass.masked_fill(~seen, 1)  # what is not used must be finite, for gradients
         found = (logs - held.clamp(min=FLOOR).log()).masked_fill(~seen, -1e30)
         total = mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).log()
         found = found + total - (found + held.log()).logsumexp(-1, keepdim=True)
         return found.where(seen.sum(-1, keepdim=True) > 1, 0)
+
+
+@lru_cache(maxsize=64)
+def _tensor(logs: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    import torch
+
+    with torch.inference_mode(False):  # it outlives the forward, and a later one may need gradients
+        return torch.tensor(logs, dtype=torch.float32).to(device)
 
 
 @dataclass(frozen=True)
@@ -172,4 +182,4 @@ class FoundInTheMiddle(PromptedMethod):
         law = self.law(relevance, [[b - a for a, b in row] for row in documents])
         groups = tuple(SpanKeys(GROUP, k) for k in range(most))
         plan: Plan = {n: (Redistribute(mine, groups, law, "decode"),) for n, mine in heads.items()}
-        return Setting(plan, {GROUP: documents})
+        return Setting(self.name, plan, {GROUP: documents})
