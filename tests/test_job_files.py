@@ -58,6 +58,7 @@ def lm_eval_index():
 def lm_eval_names(monkeypatch, lm_eval_index):
     def check(names, include_path=None):
         assert set(names) <= set(lm_eval_index)
+        return list(names)
 
     monkeypatch.setattr(harness, "check", check)
 
