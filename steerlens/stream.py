@@ -126,6 +126,7 @@ def set_activations(
     massive = (most > edit.least) & (most >= edit.ratio * median_magnitude(hidden.detach()))
     if rows is not None:
         massive = massive & rows
-    values = torch.where(first[..., None], x.new_tensor(edit.first), x.new_tensor(edit.others))
-    x = torch.where(massive[..., None], x + edit.strength * (values - x), x)
+    own, other = (torch.tensor(v, dtype=x.dtype, device=x.device) for v in (edit.first, edit.others))
+    target = torch.where(first[..., None], own, other)
+    x = torch.where(massive[..., None], x + edit.strength * (target - x), x)
     return hidden.index_copy(-1, channels, x.to(hidden.dtype))

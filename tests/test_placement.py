@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import steerlens
 from steerlens import lower, selfcheck
-from steerlens.methods import ACT, PASTA, HeadMask, PerRow, ZeroTuning
+from steerlens.methods import ACT, PASTA, VAR, HeadMask, MassiveActivations, PerRow, ZeroTuning
 from steerlens.passes import Prompt
 
 SPANS = [[(8, 10)], [(9, 12)], [(8, 11)]]
@@ -27,6 +27,8 @@ METHODS = {
     "decode": HeadMask("0-2:*", phase="decode"),
     "per_row": PerRow([ZeroTuning(9.0), PASTA(0.05), None]),
     "composed": [ACT(0.3, 0.08), ZeroTuning(4.0), HeadMask("1:2")],
+    "var": VAR([*range(64)], 2.5, 0.6, 0.0, 0.0, 0, group="emphasis"),
+    "massive_activations": MassiveActivations(1, (3, 7), least=1.0, ratio=1.0),
 }
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
