@@ -87,6 +87,13 @@ def test_filter_counts_visible_keys_and_takes_the_earlier_of_equal_ones():
     assert not around._lowest(x, seen & False, edit).any()
 
 
+@pytest.mark.parametrize(("keys", "fraction", "dropped"), [(150, 0.42, 63), (100, 0.59, 59), (7, 0.4, 2), (3, 0.3, 0)])
+def test_filter_rounds_down_and_no_further(keys, fraction, dropped):
+    x = torch.arange(float(keys))[None, None, None]
+    found = around._lowest(x, x >= 0, DropLowest((0,), SpanKeys("demos"), fraction))
+    assert found[0, 0, 0].nonzero()[:, 0].tolist() == list(range(dropped))
+
+
 def test_positions():
     assert blocks.aligned([0], [[(0, 5), (5, 8)]], 10).tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 5, 6]]
     assert blocks.aligned([2], [[(4, 5), (5, 8)]], 10).tolist() == [[0, 0, 0, 1, 4, 2, 3, 4, 5, 6]]

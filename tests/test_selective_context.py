@@ -63,6 +63,7 @@ def test_of_equal_scores_the_earlier_stays_and_groups_without_keys_are_none():
     keys = torch.tensor([[[True], [True], [False]]])
     assert around._best(torch.tensor([[0.5, 0.5, 0.0]]), keys, 1).tolist() == [[True, False, False]]
     assert around._best(torch.tensor([[0.0, 0.0, 0.0]]), keys, 2).tolist() == [[True, True, False]]
+    assert around._best(torch.tensor([[0.0, 0.0, 0.0]]), keys.flip(1), 1).tolist() == [[False, True, False]]
 
 
 def test_positions():
