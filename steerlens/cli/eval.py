@@ -353,25 +353,21 @@ def _run(job: Job, how: Any) -> State:
 
     with contextlib.ExitStack() as stack:
         moved = [lambda count: None]
-        kept = False
 
         def begin(total: int, done: int) -> None:
-            nonlocal kept
             if done:
-                kept = True
                 show.note(f"going on: {done} of {total} samples are there")
             moved[0] = stack.enter_context(show.progress(total, done, what="samples"))
 
         def advance(count: int) -> None:
-            nonlocal kept
-            kept = True
             moved[0](count)
             guard.check_stop()
 
         try:
             return Evaluation(job, how, advance=advance, note=show.note).run(begin)
         except (guard.Stopped, OSError):
-            if kept:
+            # a signal may come between a batch's end on the disk and the word of it
+            if any(path.stat().st_size for path in how.output.glob("work/worker-*.jsonl")):
                 show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
             raise
 
