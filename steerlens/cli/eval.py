@@ -466,7 +466,8 @@ def _estimate(found: Mapping[str, Any], as_json: bool) -> int:
         typer.echo(f"declared or assumed, not measured (--json says how): {what} of {', '.join(dict.fromkeys(tasks))}")
     total = found["total"]
     if total["batches"]:
-        without = [*total["without"], *(f"the new tokens of {name}" for name in total["without_new_tokens"])]
+        uncounted = ", ".join(total["without_new_tokens"])
+        without = [*total["without"], *([f"the new tokens of {uncounted}"] if uncounted else [])]
         most = "" if total["without_new_tokens"] else "at most "
         typer.echo(
             f"{most}{total['flops']:.2e} floating-point operations in {total['forwards']:,} forwards of "
