@@ -414,7 +414,7 @@ def check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Se
         if not any(steering.label in planned for steering in entry.steerings()):
             why = "; ".join(s["why"] for s in skipped if s["steering"] == entry.label)
             raise JobError(
-                f"steering {entry.label!r} is run on no task: {why}; choose tasks that suit it (`list tasks` shows groups)"
+                f"steering {entry.label!r} is run on no task: {why}; choose tasks that have it (see `list tasks`)"
             )
 
 
