@@ -6,6 +6,7 @@ and its row says why.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string
@@ -77,12 +79,22 @@ class Tasks(lm_eval.tasks.TaskManager):
     def load(self, task_list: Any) -> Any:
         """Tasks and groups by name, whose bad samples have no metrics."""
         for spec in task_list if isinstance(task_list, list) else [task_list]:
-            if any(name not in self._index for name in self._members(spec)):
-                self.build_defaults()
+            self.reach(spec)
         loaded = super().load(task_list)
         for task in loaded["tasks"].values():
             _keep_out_failures(task)
         return loaded
+
+    def reach(self, spec: Any) -> None:
+        """Add lm-eval's own tasks if a task or group needs them."""
+        if any(name not in self._index for name in self._members(spec)):
+            self.build_defaults()
+
+    def with_metadata(self, metadata: dict[str, Any]) -> Tasks:
+        """The same index, for tasks that are made for a model."""
+        found = copy.copy(self)
+        found.metadata, found._factory = metadata, TaskFactory(meta=metadata)
+        return found
 
     def _members(self, spec: Any) -> Iterator[str]:
         """The names that a task or group is made of, as far as they are not defined in it."""
@@ -131,9 +143,15 @@ def evaluate(model: Any, *args: Any, log_samples: bool = True, **kwargs: Any) ->
     return dict(results)
 
 
-def check(names: Sequence[str], include_path: Any = None) -> list[str]:
+@functools.lru_cache(maxsize=8)
+def indexed(include_path: str | None) -> Tasks:
+    """The tasks of a folder and of lm-eval, whose index a process reads once."""
+    return Tasks(include_path=include_path)
+
+
+def check(names: Sequence[str], include_path: str | None = None) -> list[str]:
     """The tasks that the names stand for; see `harness.check`."""
-    tasks = Tasks(include_path=include_path)
+    tasks = indexed(include_path)
     owners: dict[str, str] = {}
     for name in names:
         if not tasks.known(name):
@@ -154,9 +172,11 @@ def load(name: str, include_path: str | None, metadata: str, settings: str = "")
         metadata: for tasks that are made for a model, as JSON.
         settings: of the run; lm-eval writes them into its tasks, so that each has tasks of its own.
     """
-    tasks = Tasks(include_path=include_path, metadata=json.loads(metadata))
-    if not tasks.known(name):
-        raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, tasks.all_tasks)}")
+    index = indexed(include_path)
+    if not index.known(name):
+        raise HarnessError(f"lm-eval has no task {name!r}{nearest(name, index.all_tasks)}")
+    index.reach(name)
+    tasks = index.with_metadata(json.loads(metadata))
     loaded = tasks.load([name])
     # a group holds those below it
     return tasks, list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())

@@ -30,7 +30,7 @@ from steerlens.errors import SteerlensError, nearest
 from steerlens.methods.base import Method
 from steerlens.models import ALIASES, DTYPES, resolve
 from steerlens.recipe import load_recipe
-from steerlens.recipe_schema import Methods, Part, RecipeModel
+from steerlens.recipe_schema import Methods, Part, RecipeModel, explain
 
 if TYPE_CHECKING:
     from steerlens.evals.task import Task
@@ -420,7 +420,7 @@ class Job(Part):
         try:
             job = cls.model_validate(_located(dict(data), beside))
         except ValidationError as error:
-            raise JobError(explain(error, source, lines or {})) from error
+            raise JobError(explain(error, cls, source, lines or {}, _PARTS)) from error
         return job._resolved(source, lines or {})
 
     @classmethod
@@ -472,15 +472,14 @@ class Job(Part):
                 problems.append(f"{where}{error}")
             except ValueError as error:
                 problems.append(f"{where}{error}")
-        seen: dict[str, str] = {}
+        seen: set[str] = set()
         for index, model in enumerate(self.models):
-            if seen.setdefault(slug(model.name).lower(), model.name) != model.name or index != [
-                m.name for m in self.models
-            ].index(model.name):
+            if slug(model.name).lower() in seen:
                 problems.append(
                     f"{_where(source, lines, ('models', index))}the name {model.name!r} is there twice; "
                     "give one of them a 'label'"
                 )
+            seen.add(slug(model.name).lower())
             try:
                 _check_length("name", model.name)
             except ValueError as error:
@@ -699,26 +698,6 @@ _PARTS: dict[str, type[BaseModel]] = {
     "shape": Shape,
     "made_for": RecipeModel,
 }
-
-
-def explain(error: ValidationError, source: str, lines: plainyaml.Lines) -> str:
-    """The problems of a job, one a line: file, line, place, what is allowed."""
-    found = []
-    for problem in error.errors(include_url=False)[:_MOST_PROBLEMS]:
-        path = problem["loc"]
-        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
-        text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] in ("extra_forbidden", "invalid_key"):
-            owner = next((_PARTS[p] for p in reversed(path[:-1]) if isinstance(p, str) and p in _PARTS), Job)
-            known = [field.alias or name for name, field in owner.model_fields.items() if name != "made_for"]
-            text = f"unknown key; allowed: {', '.join(known)}{nearest(str(path[-1])[:80], known)}"
-        elif problem["type"] == "missing":
-            text = "is missing"
-        elif problem["type"] != "value_error":
-            text = f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{place[:200]}: {text[:1000]}")
-        found.append(f"{_where(source, lines, path)}{shown}")
-    return "\n".join(found)
 
 
 def _where(source: str, lines: plainyaml.Lines, path: tuple[str | int, ...]) -> str:

@@ -413,7 +413,9 @@ def check_all_run(job: Job, every: Mapping[str, Sequence[Steering]], skipped: Se
     for entry in job.steerings:
         if not any(steering.label in planned for steering in entry.steerings()):
             why = "; ".join(s["why"] for s in skipped if s["steering"] == entry.label)
-            raise JobError(f"steering {entry.label!r} is run on no task: {why}")
+            raise JobError(
+                f"steering {entry.label!r} is run on no task: {why}; choose tasks that have it (see `list tasks`)"
+            )
 
 
 def share(batches: Sequence[Batch], index: int, count: int) -> list[Batch]:

@@ -194,11 +194,12 @@ def _over_seeds(section: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 def _task(name: str, task: Any, samples: _Samples) -> dict[str, Any]:
     """What each section of the results says of a task, by its name."""
-    numbers = {"alias": name}
+    numbers: dict[str, Any] = {"alias": name}
     for metric in task.metrics:
         if values := samples.values.get(metric):
             value, error, interval = estimate(values, functools.partial(task.aggregate, metric))
-            numbers |= {f"{metric},none": value, f"{metric}_stderr,none": error, f"{metric}_ci95,none": interval}
+            numbers |= {f"{metric},none": value, f"{metric}_stderr,none": _known(error)}
+            numbers[f"{metric}_ci95,none"] = [_known(bound) for bound in interval]
     numbers |= {"sample_len": len(samples.known)}
     expected = task.expected[0]
     said = {
@@ -212,6 +213,11 @@ def _task(name: str, task: Any, samples: _Samples) -> dict[str, Any]:
         "task_hashes": task.fingerprint,
     }
     return {key: {name: value} for key, value in said.items()}
+
+
+def _known(number: float) -> float | str:
+    """As lm-eval writes what one document leaves open, for which JSON has no number."""
+    return "N/A" if math.isnan(number) else number
 
 
 def estimate(values: Sequence[float], aggregate: Any) -> tuple[float, float, list[float]]:

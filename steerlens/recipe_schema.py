@@ -126,9 +126,9 @@ def explain(
     Args:
         error: what the schema found.
         root: the schema.
-        source: the file.
+        source: the file; "" for data that come from none.
         lines: of its places.
-        parts: schemas of the mappings in it, by the key in `root` that holds them.
+        parts: schemas of the mappings in it, by the key that holds them.
     """
     found = []
     problems = error.errors(include_url=False)
@@ -138,9 +138,9 @@ def explain(
             path = (path[0], *path[2:])
         place = "".join(f"[{p}]" if isinstance(p, int) else f".{_shown(p)}" for p in path).removeprefix(".")
         line = next((lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in lines), None)
-        where = f"{source}:{line}" if line else source
+        where = f"{source}:{line}: " if line else f"{source}: " if source else ""
         if problem["type"] in ("extra_forbidden", "invalid_key"):
-            owner = parts.get(str(path[0]) if len(path) > 1 else "", root)
+            owner = next((parts[key] for key in reversed(path[:-1]) if isinstance(key, str) and key in parts), root)
             known = [field.alias or name for name, field in owner.model_fields.items()]
             # pydantic leaves a key that is no text out of the place, or puts its repr there
             what = f"unknown key; allowed: {', '.join(known)}{nearest(str(path[-1])[:80] if path else '', known)}"
@@ -151,9 +151,9 @@ def explain(
             what = (
                 text if problem["type"] == "value_error" else f"{problem['input']!r:.80}: {text[:1].lower()}{text[1:]}"
             )
-        found.append(f"{where}: {place}: {_shown(what, 1000)}")
+        found.append(f"{where}{place}: {_shown(what, 1000)}")
     if len(problems) > len(found):
-        found.append(f"{source}: {len(problems) - len(found)} problems more")
+        found.append(f"{len(problems) - len(found)} problems more{f' in {source}' if source else ''}")
     return "\n".join(found)
 
 

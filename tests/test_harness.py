@@ -1,5 +1,6 @@
 """lm-eval tasks under steering: lm-eval's own numbers without a method, the row alone steered by hand with one."""
 
+import contextlib
 import json
 import math
 import os
@@ -519,8 +520,32 @@ def test_a_response_cache_belongs_to_one_steering(tiny, folder, tmp_path):
         go(*PASTA_TINY, add_bos_token=False)
 
 
+def test_tasks_are_made_for_the_model_that_is_run(folder):
+    """Runs share the index of tasks, not what their tasks are told of them."""
+    told = [
+        harness_tasks.load("say_plain", str(folder), json.dumps({"pretrained": name}))[1][0].config.metadata[
+            "pretrained"
+        ]
+        for name in ("one", "other", "one")
+    ]
+    assert told == ["one", "other", "one"]
+
+
+def test_a_local_group_may_hold_tasks_of_lm_eval(folder, tmp_path, monkeypatch):
+    """Its index is read then, and only then."""
+    (tmp_path / "beyond.yaml").write_text("group: beyond\ntask: [hellaswag]\n")
+    read = []
+    monkeypatch.setattr(harness_tasks.Tasks, "build_defaults", lambda tasks: read.append(tasks.include_path))
+    harness_tasks.load("both", str(folder), '{"pretrained": "index"}')
+    assert not read
+    with contextlib.suppress(TypeError):  # no index here, so no such task
+        harness_tasks.load("beyond", str(tmp_path), "{}")
+    assert set(read) == {str(tmp_path)}
+
+
 def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch):
     harness.check(["choose_tagged", "both", str(folder / "text.yaml")], str(folder))
+    harness_tasks.indexed.cache_clear()
     built = []
 
     def build(paths, **options):
@@ -531,7 +556,10 @@ def test_lm_evals_index_is_read_for_names_that_are_not_local(folder, monkeypatch
     with pytest.raises(HarnessError, match="'hellaswg'; did you mean 'hellaswag'") as caught:
         harness.check(["hellaswg"])
     assert caught.value.exit_code == 2 and Path(lm_eval.__file__).parent / "tasks" in built[-1]
+    times = len(built)
     harness.check(["hellaswag"])
+    assert len(built) == times
+    harness_tasks.indexed.cache_clear()
 
 
 # --- in a job ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from steerlens.evals.evaluate import place, replica_memory
 from steerlens.evals.folder import Folder, FolderError, Worker
 from steerlens.evals.job import Controls, Job, JobError, ModelEntry, shipped
 from steerlens.evals.plan import Batch, Documents, Plan, cut, know, make, share
-from steerlens.evals.results import _over_seeds, estimate
+from steerlens.evals.results import _over_seeds, _Samples, _task, estimate
+from steerlens.evals.task import load
 
 from steerlens import models
 from steerlens.errors import SteerlensError
@@ -669,6 +670,13 @@ class TestEstimates:
         assert _over_seeds("n-samples", counts) == {"t": {"original": 18, "effective": 8}}
         assert _over_seeds("versions", [{"t": 1.0}, {"t": 1.0}]) == {"t": 1.0}
         assert parts[1]["t"]["acc,none"] == 0.5
+
+    def test_one_document_leaves_an_error_open(self):
+        """As lm-eval has it; NaN would be no JSON."""
+        samples = _Samples(values={"follows": [1.0]}, known={("tiny", "baseline", "conflict", 0, 0)})
+        (found,) = _task("conflict", load("conflict"), samples)["results"].values()
+        assert found["follows,none"] == 1.0 and found["follows_stderr,none"] == "N/A"
+        json.dumps(found, allow_nan=False)
 
     def test_other_aggregates(self):
         """What is no mean is resampled: the interval of a median holds it and is about as wide as theory says."""

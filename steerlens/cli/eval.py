@@ -353,25 +353,21 @@ def _run(job: Job, how: Any) -> State:
 
     with contextlib.ExitStack() as stack:
         moved = [lambda count: None]
-        kept = False
 
         def begin(total: int, done: int) -> None:
-            nonlocal kept
             if done:
-                kept = True
                 show.note(f"going on: {done} of {total} samples are there")
             moved[0] = stack.enter_context(show.progress(total, done, what="samples"))
 
         def advance(count: int) -> None:
-            nonlocal kept
-            kept = True
             moved[0](count)
             guard.check_stop()
 
         try:
             return Evaluation(job, how, advance=advance, note=show.note).run(begin)
         except (guard.Stopped, OSError):
-            if kept:
+            # a signal may come between a batch's end on the disk and the word of it
+            if any(path.stat().st_size for path in how.output.glob("work/worker-*.jsonl")):
                 show.note(f"stopped; {how.output} keeps every finished batch: run again with --resume to go on")
             raise
 
@@ -470,7 +466,8 @@ def _estimate(found: Mapping[str, Any], as_json: bool) -> int:
         typer.echo(f"declared or assumed, not measured (--json says how): {what} of {', '.join(dict.fromkeys(tasks))}")
     total = found["total"]
     if total["batches"]:
-        without = [*total["without"], *(f"the new tokens of {name}" for name in total["without_new_tokens"])]
+        uncounted = ", ".join(total["without_new_tokens"])
+        without = [*total["without"], *([f"the new tokens of {uncounted}"] if uncounted else [])]
         most = "" if total["without_new_tokens"] else "at most "
         typer.echo(
             f"{most}{total['flops']:.2e} floating-point operations in {total['forwards']:,} forwards of "
