@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -28,6 +29,37 @@ def interpreted() -> bool:
     return isinstance(dots, InterpretedFunction)
 
 
+class Again:
+    """Launches of one kernel that differ in what tensors hold, and in little else.
+
+    Triton finds the compiled kernel from the values of all arguments, which costs more than the launch itself. Here it
+    is asked once for all that does not lie in tensors.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def launch(
+        self, grid: tuple[int, int, int], tensors: Sequence[torch.Tensor], numbers: tuple[float, ...],
+        constants: dict[str, Any], warps: int, stages: int,
+    ) -> None:  # fmt: skip
+        """Launch on tensors of the dtypes of the launches before, in the order of the kernel's arguments."""
+        address = 0
+        for tensor in tensors:
+            address |= tensor.data_ptr()
+        # Kernels are compiled for addresses that divide by 16, or for those that do not.
+        key = (*numbers, warps, stages, *constants.values()) if address % 16 == 0 else None
+        if key in self._known:
+            compiled, rest = self._known[key]
+            compiled[grid](*tensors, *numbers, *rest)
+            return
+        compiled = self.kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=stages)
+        if key is not None and getattr(compiled, "function", None) is not None:
+            names = self.kernel.arg_names[len(tensors) + len(numbers) :]
+            self._known[key] = compiled, tuple(constants[name] for name in names)
+
+
 def check_device(name: str, tensor: torch.Tensor) -> None:
     """Raise unless kernels can run on this tensor's device."""
     if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()):
@@ -41,6 +73,17 @@ def check_dtype(name: str, tensor: torch.Tensor) -> None:
         refuse(f"dtype of {name}", tensor.dtype, "bfloat16, float16, float32")
     if tensor.dtype == torch.bfloat16 and interpreted():
         refuse(f"dtype of {name}", tensor.dtype, "float16 or float32: Triton's interpreter computes bfloat16 wrongly")
+
+
+def check_launch(query: torch.Tensor) -> None:
+    """Raise unless kernels can run, and launch, where the query is."""
+    check_device("query", query)
+    if query.is_cuda and query.device.index != torch.cuda.current_device():
+        refuse(
+            "device of query",
+            query.device,
+            f"the current one, cuda:{torch.cuda.current_device()}: Triton launches there; use torch.cuda.device(…)",
+        )
 
 
 def check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -58,12 +101,7 @@ def check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
             )
         if not 1 <= tensor.shape[-1] <= MAX_DIM:
             refuse(f"head dim of {name}", tensor.shape[-1], f"1 to {MAX_DIM}")
-    if query.is_cuda and query.device.index != torch.cuda.current_device():
-        refuse(
-            "device of query",
-            query.device,
-            f"the current one, cuda:{torch.cuda.current_device()}: Triton launches there; use torch.cuda.device(…)",
-        )
+    check_launch(query)
     B, H, _, D = query.shape
     if key.shape[0] != B or key.shape[3] != D or H % key.shape[1]:
         refuse("shape of key", tuple(key.shape), f"[{B}, a divisor of {H}, Tk, {D}], for query {tuple(query.shape)}")

@@ -12,9 +12,11 @@ from steerlens.kernels import _configs
 from steerlens.kernels._launch import (
     BOOLS,
     DTYPES,
+    Again,
     ceil_div,
     check_attention,
     check_edits,
+    check_launch,
     check_table,
     inner,
     power_of_two,
@@ -129,56 +131,51 @@ def attention(
         ValueError: for a shape, dtype, device, number of groups or law that the kernels do not have; it names them.
         RuntimeError: if gradients are needed; the kernels have no backward.
     """
-    check_attention(query, key, value)
-    B, H, Tq, D = query.shape
-    Tk = key.shape[2]
+    check_launch(query)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         raise RuntimeError("the Triton kernels have no backward: call them without gradients, or use 'sdpa'")
-    scaling = D**-0.5 if scaling is None else scaling
-    for stat in stats:
-        if stat not in STATS:
-            refuse("stat", repr(stat), ", ".join(STATS))
-    groups, terms = (labels.groups, labels.terms) if labels is not None else (1, 0)
-    check_edits(query, key, scaling, window, softcap, mask, labels and labels.bits, bias, terms, heads)
-    if sinks is not None:
-        check_table("sinks", sinks, (H,), DTYPES, query.device)
-        if sinks.shape[0] != H:
-            refuse("shape of sinks", tuple(sinks.shape), f"[{H}]")
-    if bias is None and terms and "mass" not in stats:
-        refuse("bias", None, f"a table for the {terms} terms of the labels")
-    if cut is not None:
-        check_table("cut", cut, (B, H, Tq), (torch.int8,), query.device)
-    kind, table, rows = _law(law, groups, terms, B, H, Tq, query.device)
-    if "lse_before" in stats and groups > 1 and terms:
-        refuse("stat 'lse_before' with groups", groups, "one group, or no terms")
-    if not output and not stats:
-        refuse("output", output, "True, unless statistics are wanted")
-    offset = Tk - Tq if offset is None else offset
-
-    decoding = is_decode(H // key.shape[1], Tq)
-    index = None
-    if labels is not None and not decoding:
-        found = labels.index(_configs.prefill(max(D, value.shape[3]), query.dtype, groups, mask is not None).keys)
-        index = (found.before, found.tiles, found.keys)
-    computed = {"lse" if stat == "lse_before" and not terms else stat for stat in stats}
-    flags = sum(1 << STATS.index(stat) for stat in computed)
+    bits, groups, terms = (labels.bits, labels.groups, labels.terms) if labels is not None else (None, 1, 0)
+    kind, table, rows = (law.kind, law.table, law.rows) if law is not None else (None, None, None)
     # The operator is for those who trace; its dispatch costs as much as a launch.
     traced = type(query) is not torch.Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    parts = (torch.ops.steerlens.attention if traced else _compute)(
-        query, key, value, None if labels is None else labels.bits, *(index or (None,) * 3), bias, table, rows, mask,
-        sinks, cut, None if decoding else heads, kind, groups, terms, float(scaling), float(softcap or 0), offset,
-        window or 0, flags, output,
+    # The layers of a forward differ in what their tensors hold, and no check asks for that: one of them is checked.
+    tensors = (query, key, value, bits, bias, table, rows, mask, sinks, cut, heads)
+    call = (
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+        kind, groups, terms, scaling, offset, window, softcap, *stats, output,
     )  # fmt: skip
-    if decoding and heads is not None:
+    asked = None if traced else _ASKED.get(call)
+    if asked is None:
+        asked = _Asked.of(
+            query, key, value, scaling, offset, window, softcap, mask, sinks, labels, bias, law, cut, heads,
+            tuple(stats), output,
+        )  # fmt: skip
+        if not traced:
+            if len(_ASKED) >= _MOST_ASKED:
+                _ASKED.clear()
+            _ASKED[call] = asked
+    if asked.step is not None and not traced:
+        return Result(_step(asked.step, query, key, value, bits, bias, table, rows, mask, sinks, cut))
+    index = None
+    if labels is not None and not asked.decoding:
+        D = max(query.shape[3], value.shape[3])
+        found = labels.index(_configs.prefill(D, query.dtype, groups, mask is not None).keys)
+        index = (found.before, found.tiles, found.keys)
+    parts = (torch.ops.steerlens.attention if traced else _compute)(
+        query, key, value, bits, *(index or (None,) * 3), bias, None if table is None else table.contiguous(), rows,
+        mask, sinks, cut, None if asked.decoding else heads, asked.law, groups, terms, asked.scaling,
+        float(softcap or 0), asked.offset, window or 0, asked.stats, output,
+    )  # fmt: skip
+    if asked.decoding and heads is not None:
         parts = [part.index_select(1, heads) for part in parts]
-    found = dict(zip(_names(flags, output), parts, strict=True))
+    results = dict(zip(_names(asked.stats, output), parts, strict=True))
     if "lse_before" in stats and not terms:
-        found["lse_before"] = found["lse"]
+        results["lse_before"] = results["lse"]
     if "lse" not in stats:
-        found.pop("lse", None)
-    if "argmax" in found:
-        found["argmax"] = found["argmax"].long()
-    return Result(**found)
+        results.pop("lse", None)
+    if "argmax" in results:
+        results["argmax"] = results["argmax"].long()
+    return Result(**results)
 
 
 def is_decode(heads_per_kv: int, rows: int) -> bool:
@@ -186,19 +183,18 @@ def is_decode(heads_per_kv: int, rows: int) -> bool:
     return heads_per_kv * rows <= DECODE_ROWS
 
 
-def _law(
-    law: Law | None, groups: int, terms: int, B: int, H: int, Tq: int, device: torch.device
-) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+def _law(law: Law | None, groups: int, terms: int, B: int, H: int, Tq: int, device: torch.device) -> int:
+    """The number of a law, checked."""
     if law is None:
         if groups > 1:
             refuse("law", None, f"a law for the {groups} groups of the labels")
-        return 0, None, None
+        return 0
     if law.kind not in LAWS[1:]:
         refuse("kind of law", repr(law.kind), ", ".join(LAWS[1:]))
     if law.kind == "raw":
         if groups > 1 or not terms or law.table is not None or law.rows is not None:
             refuse("law 'raw' with groups, terms", (groups, terms), "one group, some terms, no table and no rows")
-        return 4, None, None
+        return 4
     if groups < 2:
         refuse("groups of the labels", groups, f"2 to 4 for the law {law.kind!r}")
     if law.table is None:
@@ -209,7 +205,7 @@ def _law(
         refuse("table of the law 'transfer'", tuple(law.table.shape), f"[B or 1, H or 1, {groups}, {groups}]")
     if law.rows is not None:
         check_table("rows of the law", law.rows, (B, Tq), BOOLS, device)
-    return LAWS.index(law.kind), law.table.contiguous(), law.rows
+    return LAWS.index(law.kind)
 
 
 Optional = torch.Tensor | None
@@ -245,6 +241,169 @@ def _constants(
     return _Constants(loops | ends, loops | fields | early, shared | ends | fields, fields["FIELDS"])
 
 
+class _Decode(NamedTuple):
+    """What decode's two launches take beside tensors: no value in it depends on what tensors hold."""
+
+    heads_per_kv: int
+    rows: int
+    total: int
+    start: int
+    stop: int
+    scaling: float
+    softcap: float
+    offset: int
+    window: int
+    groups: int
+    loop: tuple[int, ...]
+    ends: tuple[int, ...]
+    per_head: bool
+    constants: _Constants
+    decode: Again
+    merge: Again
+
+    @classmethod
+    def of(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: Optional, bias: Optional,
+        table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional, law: int, groups: int,
+        terms: int, scaling: float, softcap: float, offset: int, window: int, stats: int, output: bool,
+    ) -> _Decode:  # fmt: skip
+        (B, H, Tq, D), (G, Tk, DV) = query.shape, value.shape[1:]
+        start = 0 if mask is not None or not window else max(0, offset - window + 1)
+        stop = Tk if mask is not None else max(start, min(Tk, offset + Tq))
+        labels, cuts = steps(bits, 2), steps(cut, 3)
+        qkv = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+        loop = (*qkv, *labels, *_biases(bias), *steps(mask, 3), *cuts)
+        ends = ((Tq * H * DV, DV, H * DV) if output else (0, 0, 0), steps(table, 2), steps(rows, 1), cuts)
+        constants = _constants(
+            D, DV, query.dtype, groups, terms, law, _mask_kind(mask), stats, output, bits is not None,
+            rows is not None, sinks is not None, cut is not None, window > 0, softcap > 0,
+        )  # fmt: skip
+        return cls(
+            H // G, max(16, power_of_two(H // G * Tq)), B * H * Tq, start, stop, scaling, softcap, offset, window,
+            groups, loop, sum(ends, ()), labels[1] != 0, constants, Again(steered_decode_kernel),
+            Again(steered_merge_kernel),
+        )  # fmt: skip
+
+
+class _Asked(NamedTuple):
+    """A call, checked: what it comes to, and how decode is launched where it wants no statistics."""
+
+    decoding: bool
+    law: int
+    scaling: float
+    offset: int
+    stats: int
+    step: _Decode | None
+
+    @classmethod
+    def of(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, offset: int | None,
+        window: int | None, softcap: float | None, mask: Optional, sinks: Optional, labels: Labels | None,
+        bias: Optional, law: Law | None, cut: Optional, heads: Optional, stats: tuple[str, ...], output: bool,
+    ) -> _Asked:  # fmt: skip
+        check_attention(query, key, value)
+        (B, H, Tq, D), Tk = query.shape, key.shape[2]
+        scaling = D**-0.5 if scaling is None else scaling
+        for stat in stats:
+            if stat not in STATS:
+                refuse("stat", repr(stat), ", ".join(STATS))
+        bits, groups, terms = (labels.bits, labels.groups, labels.terms) if labels is not None else (None, 1, 0)
+        check_edits(query, key, scaling, window, softcap, mask, bits, bias, terms, heads)
+        if sinks is not None:
+            check_table("sinks", sinks, (H,), DTYPES, query.device)
+            if sinks.shape[0] != H:
+                refuse("shape of sinks", tuple(sinks.shape), f"[{H}]")
+        if bias is None and terms and "mass" not in stats:
+            refuse("bias", None, f"a table for the {terms} terms of the labels")
+        if cut is not None:
+            check_table("cut", cut, (B, H, Tq), (torch.int8,), query.device)
+        kind = _law(law, groups, terms, B, H, Tq, query.device)
+        if "lse_before" in stats and groups > 1 and terms:
+            refuse("stat 'lse_before' with groups", groups, "one group, or no terms")
+        if not output and not stats:
+            refuse("output", output, "True, unless statistics are wanted")
+        offset = Tk - Tq if offset is None else offset
+        decoding = is_decode(H // key.shape[1], Tq)
+        computed = {"lse" if stat == "lse_before" and not terms else stat for stat in stats}
+        flags = sum(1 << STATS.index(stat) for stat in computed)
+        table, rows = (law.table, law.rows) if law is not None else (None, None)
+        step = None
+        dense = all(t is None or inner(t) is t for t in (query, key, value, bits, rows, mask))
+        whole = all(t is None or t.is_contiguous() for t in (table, sinks))
+        if decoding and heads is None and not stats and dense and whole:
+            step = _Decode.of(
+                query, key, value, bits, bias, table, rows, mask, sinks, cut, kind, groups, terms, float(scaling),
+                float(softcap or 0), offset, window or 0, 0, output,
+            )  # fmt: skip
+        return cls(decoding, kind, float(scaling), offset, flags, step)
+
+
+_ASKED: dict[tuple[Any, ...], _Asked] = {}
+_MOST_ASKED = 512
+
+
+def _biases(bias: Optional) -> tuple[int, ...]:
+    return (*steps(bias, 3), 1 if bias is None else bias.stride(3))
+
+
+def _mask_kind(mask: Optional) -> int:
+    """0: none; 1: bool; 2: additive."""
+    return 0 if mask is None else 1 if mask.dtype in BOOLS else 2
+
+
+def _step(
+    plan: _Decode, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: Optional, bias: Optional,
+    table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional,
+) -> torch.Tensor:  # fmt: skip
+    """Decode without statistics."""
+    B, H, Tq, _ = query.shape
+    out = value.new_empty(B, Tq, H, value.shape[3]).transpose(1, 2)
+    rows, mask = _bytes(rows), _bytes(mask)
+    _decode(plan, query, key, value, [out, *[query] * 6], bits, bias, table, rows, mask, sinks, cut, False, True)
+    if cut is not None:
+        prefix_mean(out, value, mask, bits, cut, plan.heads_per_kv, None, plan.offset, plan.window)
+    return out
+
+
+def _bytes(table: Optional) -> Any:
+    """A bool table as the kernels read it."""
+    return table.view(torch.uint8) if table is not None and table.dtype == torch.bool else table
+
+
+def _decode(
+    plan: _Decode, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, outputs: list[torch.Tensor],
+    bits: Optional, bias: Optional, table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional,
+    argmax: bool, output: bool,
+) -> None:  # fmt: skip
+    """Launch decode and merge; `outputs` are those of `Result`, anything for what is not wanted."""
+    (B, H, Tq, D), G, DV = query.shape, key.shape[1], value.shape[3]
+    groups, total, new = plan.groups, plan.total, query.new_empty
+    config = _configs.decode(max(D, DV), query.dtype, plan.rows, groups)
+    length = plan.stop - plan.start
+    splits = split_count(length, B * G, config.keys, processors(query.device))
+    span = ceil_div(ceil_div(length, splits), config.keys) * config.keys
+    part = new((splits, groups, total, plan.constants.fields), dtype=torch.float32)
+    place = new((splits, groups, total), dtype=torch.int32) if argmax else query
+    acc = new((splits, groups, total, DV), dtype=torch.float32) if output else query
+    # a kernel is given something for what it will not read
+    bits, bias, mask, cut = (query if t is None else t for t in (bits, bias, mask, cut))
+    table, rows, sinks = (query if t is None else t for t in (table, rows, sinks))
+    plan.decode.launch(
+        (splits, G, B),
+        (query, key, value, part, place, acc, bits, bias, mask, cut),
+        (
+            *plan.loop, H, plan.heads_per_kv, Tq, plan.stop, total, plan.start, span, plan.scaling, plan.softcap,
+            plan.offset, plan.window,
+        ),
+        plan.constants.decode | {"PER_HEAD": plan.per_head, "R": plan.rows, "N": config.keys},
+        config.warps, config.stages,
+    )  # fmt: skip
+    plan.merge.launch(
+        (total, 1, 1), (part, place, acc, *outputs, table, rows, sinks, cut), (*plan.ends, H, Tq, total, splits),
+        plan.constants.merge | {"S": power_of_two(splits)}, 4, 3,
+    )  # fmt: skip
+
+
 def _compute(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: Optional, before: Optional, tiles: Optional,
     keys: Optional, bias: Optional, table: Optional, rows: Optional, mask: Optional, sinks: Optional, cut: Optional,
@@ -260,11 +419,8 @@ def _compute(
     found = dict(zip(_names(stats, output), made, strict=True))
     if bias is None and terms:
         bias = torch.zeros(1, 1, 1, terms, dtype=torch.float32, device=query.device)
-    mask = None if mask is None else inner(mask)
-    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    if mask is not None and kind == 1:
-        mask = mask.view(torch.uint8)
-    rows = None if rows is None else inner(rows.view(torch.uint8))
+    mask, rows = (None if t is None else inner(_bytes(t)) for t in (mask, rows))
+    kind = _mask_kind(mask)
     sinks = None if sinks is None else sinks.contiguous()
     heads = None if heads is None else heads.contiguous()
     bits = None if bits is None else inner(bits)
@@ -275,7 +431,7 @@ def _compute(
     out = found.get("output")
     os = (0, 0, 0) if out is None else out.stride()[:3]
     qkv = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    labels, biases, laws = steps(bits, 2), (*steps(bias, 3), 1 if bias is None else bias.stride(3)), steps(table, 2)
+    labels, biases, laws = steps(bits, 2), _biases(bias), steps(table, 2)
     masks, cuts, law_rows = steps(mask, 3), steps(cut, 3), steps(rows, 1)
     constants = _constants(
         D, DV, query.dtype, groups, terms, law, kind, stats, output, bits is not None, rows is not None,
@@ -303,27 +459,11 @@ def _compute(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     else:
-        R = max(16, power_of_two(heads_per_kv * Tq))
-        config = _configs.decode(max(D, DV), query.dtype, R, groups)
-        start = 0 if kind or not window else max(0, offset - window + 1)
-        stop = Tk if kind else max(start, min(Tk, offset + Tq))
-        splits = split_count(stop - start, B * G, config.keys, processors(query.device))
-        span = ceil_div(ceil_div(stop - start, splits), config.keys) * config.keys
-        total, new = B * H * Tq, query.new_empty
-        part = new((splits, groups, total, constants.fields), dtype=torch.float32)
-        place = new((splits, groups, total), dtype=torch.int32) if "argmax" in found else query
-        acc = new((splits, groups, total, DV), dtype=torch.float32) if output else query
-        steered_decode_kernel[(splits, G, B)](
-            query, key, value, part, place, acc, *pointers(bits, bias, mask, cut),
-            *qkv, *labels, *biases, *masks, *cuts,
-            H, heads_per_kv, Tq, stop, total, start, span, scaling, softcap, offset, window,
-            **constants.decode, PER_HEAD=labels[1] != 0, R=R, N=config.keys,
-            num_warps=config.warps, num_stages=config.stages,
+        plan = _Decode.of(
+            query, key, value, bits, bias, table, rows, mask, sinks, cut, law, groups, terms, scaling, softcap, offset,
+            window, stats, output,
         )  # fmt: skip
-        steered_merge_kernel[(total,)](
-            part, place, acc, *outputs, *pointers(table, rows, sinks, cut), *os, *laws, *law_rows, *cuts,
-            H, Tq, total, splits, **constants.merge, S=power_of_two(splits), num_warps=4,
-        )  # fmt: skip
+        _decode(plan, query, key, value, outputs, bits, bias, table, rows, mask, sinks, cut, "argmax" in found, output)
     if cut is not None and out is not None:
         prefix_mean(out, value, mask, bits, cut, heads_per_kv, heads, offset, window)
     return made
