@@ -1,8 +1,9 @@
 """Block sizes, warps and stages by device class and head dim: a table, so that nothing is searched on first use.
 
-An entry is named for what it was chosen on. `static` entries were chosen by compiling, without a GPU, and reading off
-the machine code: instructions per logit, registers, spills, shared memory, and whether keys and values are in flight
-while a tile is computed (fewer than 3 stages wait for what they have just asked for). No timing stands behind them.
+An entry is named for what it was chosen on: that device's record has it as the fastest candidate. `static` entries were
+chosen by compiling, without a GPU, and reading off the machine code: instructions per logit, registers, spills, shared
+memory, and whether keys and values are in flight while a tile is computed (fewer than 3 stages wait for what they have
+just asked for). No timing stands behind them.
 `python -m steerlens.kernels.bench --tune` measures the candidates below and says which is fastest.
 """
 
@@ -39,7 +40,7 @@ _HOPPER = {
     (64, 4): Config(128, 64, 8, 3, 32),
     (128, 2): Config(128, 128, 8, 3),
     (128, 3): Config(128, 64, 8, 3, 32),
-    (128, 4): Config(64, 128, 8, 3, 32),
+    (128, 4): Config(128, 128, 8, 3, 64, "NVIDIA H100 80GB HBM3"),
     (192, 2): Config(128, 64, 8, 3, 32),
     (192, 4): Config(64, 64, 8, 3, 32),
     (256, 1): Config(128, 32, 8, 3, 32),
@@ -51,6 +52,13 @@ _OTHERS = {
     (128, 4): Config(64, 32, 8, 3, 32),
     (256, 2): Config(64, 32, 8, 2, 32),
     (256, 4): Config(32, 32, 8, 2, 32),
+}
+# At head dim 128, up to two groups: what is wanted decides. With labels two programs share a processor.
+_H100 = {
+    "plain": Config(128, 128, 8, 3, 64, "NVIDIA H100 80GB HBM3"),
+    "labels": Config(64, 64, 4, 3, 64, "NVIDIA H100 80GB HBM3"),
+    "statistics": Config(128, 128, 8, 3, 64, "NVIDIA H100 80GB HBM3"),
+    "no output": Config(128, 64, 8, 4, 64, "NVIDIA H100 80GB HBM3"),
 }
 # A tile of an additive mask is in shared memory too, as often as there are stages.
 _MASKED = {(128, 4): Config(64, 32, 8, 2, 32), (256, 4): Config(32, 32, 8, 2, 32)}
@@ -67,13 +75,28 @@ def hopper() -> bool:
     return driver.active.get_current_target().arch == 90
 
 
-def prefill(dim: int, dtype: torch.dtype, groups: int, masked: bool = False) -> Config:
-    """For the prefill kernel; `dim` is the larger of D and Dv, `masked` whether it reads a 4-D mask."""
+def prefill(
+    dim: int, dtype: torch.dtype, groups: int, *, masked: bool = False, labels: bool = False, stats: bool = False,
+    output: bool = True,
+) -> Config:  # fmt: skip
+    """For the prefill kernel.
+
+    Args:
+        dim: the larger of D and Dv.
+        dtype: of the query.
+        groups: G.
+        masked: whether it reads a 4-D mask.
+        labels: whether keys have labels.
+        stats: whether statistics are wanted.
+        output: whether attention itself is.
+    """
     if interpreted():
         return INTERPRETER
     table = _HOPPER if hopper() else _OTHERS
     if dtype == torch.float32 or masked:
         table = _FP32 if dtype == torch.float32 else _MASKED
+    elif table is _HOPPER and dim == 128 and groups <= 2:
+        return _H100["statistics" if stats and output else "no output" if stats else "labels" if labels else "plain"]
     return next(config for (most, many), config in table.items() if dim <= most and groups <= many)
 
 

@@ -158,8 +158,11 @@ def attention(
         return Result(_step(asked.step, query, key, value, bits, bias, table, rows, mask, sinks, cut))
     index = None
     if labels is not None and not asked.decoding:
-        D = max(query.shape[3], value.shape[3])
-        found = labels.index(_configs.prefill(D, query.dtype, groups, mask is not None).keys)
+        config = _configs.prefill(
+            max(query.shape[3], value.shape[3]), query.dtype, groups, masked=mask is not None, labels=True,
+            stats=bool(stats), output=output,
+        )  # fmt: skip
+        found = labels.index(config.keys)
         index = (found.before, found.tiles, found.keys)
     parts = (torch.ops.steerlens.attention if traced else _compute)(
         query, key, value, bits, *(index or (None,) * 3), bias, None if table is None else table.contiguous(), rows,
@@ -443,7 +446,9 @@ def _compute(
         return [query if tensor is None else tensor for tensor in tensors]
 
     if not (heads is None and is_decode(heads_per_kv, Tq)):
-        config = _configs.prefill(max(D, DV), query.dtype, groups, kind > 0)
+        config = _configs.prefill(
+            max(D, DV), query.dtype, groups, masked=kind > 0, labels=bits is not None, stats=stats > 0, output=output
+        )
         T = ceil_div(Tk, config.keys)
         # The index is laid out by rows and heads of its own; steps count (row, head) pairs.
         index = (0, 0)

@@ -235,7 +235,7 @@ class Steering:
         here = torch.zeros_like(total)
         real = now.real_rows()
         cut = any(isinstance(edit, (Cut, reference.Gain)) for edit in edits)
-        fast = fused.moved(call, edited) if self._engine.backend == "triton" and not cut else None
+        fast = None if cut else backends.by_kernels(self._engine.backend, call, lambda: fused.moved(call, edited))
         for rows in reference.blocks(call, budget):
             if fast is None:
                 change = reference.weights(call, edits, rows) - reference.weights(call, [], rows)

@@ -160,6 +160,13 @@ class MassLaw:
         """
         raise NotImplementedError
 
+    def floor(self) -> tuple[str, float] | None:
+        """Kind and τ of a law that raises the mass ψ of one group where it is below τ; `None` for any other law.
+
+        `reach`: to τ; `spotlight`: to τ/(1+τ-ψ); τ in [0, 1). The kernels have these in one pass.
+        """
+        return None
+
     def select(self, places: tuple[int, ...]) -> MassLaw:
         """The law for these of the edit's heads alone, by their place among them."""
         return self

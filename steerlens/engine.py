@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steerlens import around, caches, decoder, inlets, masks, rescaling, selfcheck, stream
+from steerlens import around, backends, caches, decoder, inlets, masks, rescaling, selfcheck, stream
 from steerlens.backends.call import Call, Lowered
 from steerlens.edits import Reweight, Sinks
 from steerlens.errors import NotReachedError, SteeringStateError, UnsupportedError
@@ -495,7 +495,7 @@ class Engine(Guarded):
             window = None
         plain = now.plain and window is None
         # The kernels know windows by their width.
-        shaped = plain or (now.plain and self.backend == "triton")
+        shaped = plain or (now.plain and backends.takes_kernels(self.backend, query))
         offset = now.q_offset - start
         if mask is not None and mask.ndim == 4:
             # Layers on a further device are each given a copy of their own: the last one is kept, and known by itself,

@@ -33,6 +33,8 @@ from steerlens.spans import Spans
 
 FEW = 256
 """So many sinks of a head are gathered key by key."""
+SMALL = 32.0
+"""Nats that leave a logit its digits."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ def _bias(items: list[Placed], now: Pass, length: int, start: int, heads: int) -
     edit = items[0].edit
     assert isinstance(edit, Reweight)
     weights, rows = _table(items, now, heads)[..., None], _rows(items[0], edit.phase, edit.queries, now)
-    return Bias(weights if rows is None else weights * rows[:, None], _keys(items[0], edit.keys, now, length, start))
+    most = isinstance(edit.keys, OutsideSpan) and sum(abs(_weight(item.edit)) for item in items) < SMALL
+    keys = _keys(items[0], edit.keys, now, length, start)
+    return Bias(weights if rows is None else weights * rows[:, None], keys, most)
 
 
 def _move(items: list[Placed], now: Pass, layer: int, heads: int) -> MoveMass:
@@ -221,6 +225,8 @@ def _move(items: list[Placed], now: Pass, layer: int, heads: int) -> MoveMass:
     # As a law with something for each head has them; those that merge do not.
     used = list(dict.fromkeys(head for one in items for head in one.edit.heads))
     own = _table(items, now, heads)[:, used, None] > 0
+    floor = law.floor() if len(edit.groups) == 1 else None
+    raised = None if floor is None else (floor[0], own[..., 0] * floor[1])
     if (rows := _rows(item, edit.phase, edit.queries, now)) is not None:
         own = own & rows[:, None]
     origin = prompt.expand(torch.arange(item.prompt_rows or prompt.started))
@@ -233,7 +239,7 @@ def _move(items: list[Placed], now: Pass, layer: int, heads: int) -> MoveMass:
         found = law.log_weights(torch.where(some, mass, 0), origin, tokens)
         return torch.where(own[..., None] & some, found.clamp(min=HIDE), 0)
 
-    return MoveMass(used, groups, weigh, law.raw)
+    return MoveMass(used, groups, weigh, law.raw, raised, rows)
 
 
 def _groups(item: Placed, now: Pass, layer: int) -> torch.Tensor:

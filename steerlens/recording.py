@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from steerlens import decoder
+from steerlens import backends, decoder
 from steerlens.backends import fused, reference, sdpa
 from steerlens.backends.call import Call, Cut, MoveMass
 from steerlens.captured import KNOWN, PADDING, STATS, Captured, LayerRecord
@@ -173,9 +173,12 @@ class Record(Captured, Observer):
         groups = self._group_keys(now, length, start)
         first = self._first(now)
         cut = any(isinstance(edit, Cut) or (isinstance(edit, MoveMass) and edit.raw) for edit in call.edits)
-        if self._engine.backend == "triton" and self.rows == "all" and not cut:
-            found = fused.statistics(call, heads, groups, real, self._attention)
-        else:
+        found = None
+        if self.rows == "all" and not cut:
+            found = backends.by_kernels(
+                self._engine.backend, call, lambda: fused.statistics(call, heads, groups, real, self._attention)
+            )
+        if found is None:
             found = self._by_blocks(call, heads, groups, real, first)
         for stat in (stat for stat in self._attention if stat in PADDING):
             values, before = found[stat], getattr(record, stat)

@@ -184,9 +184,11 @@ def test_kernels_are_launched_on_the_device_of_their_call(monkeypatch):
     """A layer of a model on several devices may lie on another than the current one."""
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
-    second = torch.device("cuda", 1)
-    call = types.SimpleNamespace(query=types.SimpleNamespace(is_cuda=True, device=second))
-    assert fused._supported(call, lambda: list(entered)) == [second]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    for device, expected in ((first, []), (second, [second])):
+        call = types.SimpleNamespace(query=types.SimpleNamespace(is_cuda=True, device=device))
+        assert fused._supported(call, lambda: list(entered)) == expected
 
 
 def test_many_span_groups_take_several_passes(model_of, prompts):

@@ -121,8 +121,9 @@ def run(check: Check, device: torch.device, seed: int) -> Values:
         if check.kernel == "columns":
             values = _columns(check, q, k, arguments, truth, weights)
         else:
-            with poisoned():
-                found = kernels.attention(q, k, v, **arguments)
+            for _ in range(2):  # the second time as what was asked before
+                with poisoned():
+                    found = kernels.attention(q, k, v, **arguments)
             values = compare(found, truth, weights, bound(q, k, v, arguments))
     except Failed as failed:
         failed.values["kernel"] = check.kernel

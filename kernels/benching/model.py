@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class Size:
 
 FULL = Size(LLAMA_8B, torch.bfloat16, 8192, 128, 5, 5.0)
 SMOKE = Size(TINY, torch.float32, 48, 2, 1, 1.5)
-METHODS = ("zerotuning", "pasta", "act")
+METHODS = ("zerotuning", "pasta", "act", "spotlight")
+BUSY_STEPS = 8
 BACKENDS = ("triton", "sdpa")
 
 
@@ -102,13 +104,26 @@ class Runs:
             one, other = timing.Prefill(model, ids, {}), timing.Prefill(twin, ids, {})
             row["prefill"] = timing.summary(timing.pairs(one, other, count=size.repeats, warmup=1))
             one, other = timing.Decode(model, ids, size.steps), timing.Decode(twin, ids, size.steps)
-            row["decode"] = timing.summary(timing.pairs(one, other, count=size.steps, warmup=0))
+            row["decode"] = timing.summary(timing.pairs(one, other, count=size.steps, warmup=min(8, size.steps)))
+            if self.device.type == "cuda":
+                busy, busy_own = self._busy(one), self._busy(other)
+                row["decode_busy"] = {"unsteered_ms": busy, "steered_ms": busy_own, "ratio": busy_own / busy}
         del one, other
         if backend != "sdpa":
             with steerlens.steer(twin, method, spans=spans, backend="sdpa"):
                 row["difference_to_sdpa_backend"] = _difference(own, self._peak(twin, ids)[0])
         row["peak_memory_ratio"] = most_own / most if most and most_own else None
         return row | self._met(row)
+
+    @torch.inference_mode()
+    def _busy(self, step: Callable[[], float]) -> float:
+        """Milliseconds of a step in which the GPU works; a step of one sequence waits for Python most of the time."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(BUSY_STEPS):
+                step()
+        return sum(event.self_device_time_total for event in found.key_averages()) / BUSY_STEPS / 1e3
 
     def _met(self, row: Values) -> Values:
         ratios = {"prefill": TIME, "decode": TIME}
@@ -128,12 +143,14 @@ class Runs:
 
     def _made(self, name: str) -> Any:
         from steerlens.bench import cases
-        from steerlens.methods import ACT, PASTA, ZeroTuning
+        from steerlens.methods import ACT, PASTA, SpotLight, ZeroTuning
 
         if name == "zerotuning":
             return ZeroTuning(gamma=1.5)
         if name == "pasta":
             return PASTA(alpha=cases.ALPHA)
+        if name == "spotlight":
+            return SpotLight(target=0.3)
         # Attention of random weights is near uniform: only a threshold relative to that finds keys to steer.
         few = cases.few_heads(self.size.shape["num_hidden_layers"], self.size.shape["num_attention_heads"])
         return ACT(threshold=self.size.threshold, threshold_mode="relative", heads=few)

@@ -91,11 +91,12 @@ def _cell(row: Values) -> str:
 def _model(rows: list[Values]) -> None:
     if not rows:
         return
-    table = _table("model: steered over unsteered", "row", "prefill", "decode", "peak memory", "status")
+    table = _table("model: steered over unsteered", "row", "prefill", "decode", "GPU busy", "peak memory", "status")
     for row in rows:
         prefill, decode = (f"{row[phase]['ratio']['median']:.3f}" if phase in row else "" for phase in PHASES)
+        busy = f"{row['decode_busy']['ratio']:.3f}" if "decode_busy" in row else ""
         memory = row.get("peak_memory_ratio")
-        table.add_row(row["name"], prefill, decode, f"{memory:.4f}" if memory else "", row["status"])
+        table.add_row(row["name"], prefill, decode, busy, f"{memory:.4f}" if memory else "", row["status"])
     _print(table)
 
 

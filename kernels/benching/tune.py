@@ -60,8 +60,12 @@ def candidates(chosen: Config, among: Iterable[Config]) -> list[Config]:
 
 def chosen(shape: Shape, case: prefill.Case, device: torch.device) -> Config:
     """What prefill takes for a case now."""
-    groups = getattr(edit(shape, case.features, device).get("labels"), "groups", 1)
-    return _configs.prefill(max(shape.dim, shape.value_dim), shape.dtype, groups)
+    asked = edit(shape, case.features, device)
+    labels = asked.get("labels")
+    return _configs.prefill(
+        max(shape.dim, shape.value_dim), shape.dtype, getattr(labels, "groups", 1), labels=labels is not None,
+        stats=bool(asked.get("stats")), output=asked.get("output", True),
+    )  # fmt: skip
 
 
 def launch(shape: Shape, case: prefill.Case, config: Config, device: torch.device) -> None:

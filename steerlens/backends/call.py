@@ -19,10 +19,13 @@ class Bias:
     Attributes:
         weights: fp32 [B or 1, H, Tq or 1].
         keys: bool [B, Tk].
+        most: `keys` are most of all keys, and `weights` are small: where nothing but keys takes part, adding the
+            negative of `weights` to the others gives the same, and may cost less.
     """
 
     weights: torch.Tensor
     keys: torch.Tensor
+    most: bool = False
 
 
 @dataclass
@@ -65,12 +68,17 @@ class MoveMass:
         keys: of each group, disjoint, bool [B, n, Tk].
         weigh: nats for each group, fp32 [B, h, Tq, n], from their masses, fp32 [B, h, Tq, n].
         raw: the weights are not renormalised.
+        floor: of a law for one group that the kernels know, its kind and τ, fp32 [B or 1, h], 0 where it leaves a head;
+            see `MassLaw.floor`.
+        rows: query rows that it applies to, bool [B, Tq]; `None` for all.
     """
 
     heads: list[int]
     keys: torch.Tensor
     weigh: Callable[[torch.Tensor], torch.Tensor]
     raw: bool = False
+    floor: tuple[str, torch.Tensor] | None = None
+    rows: torch.Tensor | None = None
 
     def gain(self, mass: torch.Tensor, weights: torch.Tensor, heads: int) -> torch.Tensor:
         """What rows sum to after a raw law, 1 + Σ(m_g - 1)·ψ_g, as a table of all heads, fp32 [B, H, Tq]."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from steerlens.backends.call import Bias, Call, Cut, KeepMass, MoveMass, Sums
+from steerlens.backends.call import FEW_ROWS, Bias, Call, Cut, KeepMass, MoveMass, Sums
 from steerlens.errors import SteerlensError, UnsupportedError
 
 TERMS = (0, 1, 2, 3, 4, 8, 16, 28)
@@ -61,7 +61,8 @@ def moved(call: Call, keys: torch.Tensor) -> torch.Tensor:
 
 def _supported(call: Call, run: Callable[[], Any]) -> Any:
     # Triton launches on the current device; a layer of a model on several has its own.
-    here = torch.cuda.device(call.query.device) if call.query.is_cuda else nullcontext()
+    elsewhere = call.query.is_cuda and call.query.device.index != torch.cuda.current_device()
+    here = torch.cuda.device(call.query.device) if elsewhere else nullcontext()
     try:
         with here:
             return run()
@@ -88,7 +89,11 @@ def _attention(call: Call) -> torch.Tensor:
     law = marked = None
     for number, edit in enumerate(moves):
         if isinstance(edit, Bias):
-            terms.append((edit.weights, edit.keys[:, None]))
+            terms.append(_term(call, edit))
+        elif isinstance(edit, MoveMass) and edit.floor is not None and number == len(moves) - 1:
+            kind, raised = edit.floor
+            law = Law(kind, edit.spread(raised, call.query.shape[1]), edit.rows)
+            marked = _marked(call, terms, edit.keys[:, 0, None], of=edit.keys)
         elif isinstance(edit, MoveMass):
             more, gain = _as_terms(call, edit, terms)
             terms += more
@@ -200,22 +205,37 @@ def _seen(call: Call) -> dict[str, Any]:
     }
 
 
+def _term(call: Call, edit: Bias) -> tuple[torch.Tensor, torch.Tensor]:
+    """A static bias; of a prefill, on the keys that are fewer, so that more tiles are plain ones."""
+    if not edit.most or call.sinks is not None or call.query.shape[2] <= FEW_ROWS:
+        return edit.weights, edit.keys[:, None]
+    key: Hashable = ("others", id(edit))
+    if key not in call.memo:
+        call.memo[key] = edit, (-edit.weights, edit.keys.logical_not()[:, None])
+    return call.memo[key][1]  # type: ignore[index, no-any-return]
+
+
 def _marked(
     call: Call,
     terms: Terms,
     group: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     keep: bool = True,
+    of: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """`labels` and `bias` of a kernel call; with `keep`, layers that share edits and visibility share them."""
+    """`labels` and `bias` of a kernel call; with `keep`, layers that share edits and visibility share them.
+
+    A group is shared where it is that `of` a table of keys which layers share.
+    """
     pads = call.real is not None and _structured(call)
     if not (pads or terms) and group is None and hidden is None:
         return {}
     # Layers of one forward may hold different columns: a sliding cache has only the last of them.
     held = (call.key.shape[2], call.offset)
-    key: Hashable = ("labels", pads, held, *((id(weights), keys.data_ptr()) for weights, keys in terms))
+    key: Hashable = ("labels", pads, held, id(of), *((id(weights), keys.data_ptr()) for weights, keys in terms))
     # Keys by head are those of a law made a term: no other layer has them.
-    shared = keep and group is None and hidden is None and all(keys.shape[1] == 1 for _, keys in terms)
+    alone = (group is not None and of is None) or hidden is not None
+    shared = keep and not alone and all(keys.shape[1] == 1 for _, keys in terms)
     if not shared or key not in call.memo:
         if pads:
             assert call.real is not None
@@ -224,8 +244,8 @@ def _marked(
         found = _labels(call, terms, group, hidden)
         if not shared:
             return found
-        # with the terms, so that what the key is made of names nothing else
-        call.memo[key] = (list(terms), found)
+        # with the tensors, so that what the key is made of names nothing else
+        call.memo[key] = ((of, *terms), found)
     return call.memo[key][1]  # type: ignore[index, no-any-return]
 
 

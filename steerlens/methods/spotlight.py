@@ -35,12 +35,18 @@ class Reach(MassLaw):
             found = found + (-mass).log1p() - math.log1p(-self.target)
         return found.where(low, 0)
 
+    def floor(self) -> tuple[str, float] | None:
+        return ("reach" if self.odds else "spotlight"), self.target
+
 
 @dataclass(frozen=True)
 class ReachOnAverage(Reach):
     """`Reach` for the mean mass of a layer's heads and rows: the same weight for all of them."""
 
     pooled: ClassVar[bool] = True
+
+    def floor(self) -> None:
+        return None
 
     def log_weights(self, mass: Tensor, row: Tensor, real: Tensor) -> Tensor:
         counted = real[:, None, :, None].to(mass.dtype)
