@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -38,26 +40,29 @@ class Again:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._known: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
     def launch(
         self, grid: tuple[int, int, int], tensors: Sequence[torch.Tensor], numbers: tuple[float, ...],
-        constants: dict[str, Any], warps: int, stages: int,
+        constants: Sequence[dict[str, Any]], warps: int, stages: int, key: Hashable,
     ) -> None:  # fmt: skip
-        """Launch on tensors of the dtypes of the launches before, in the order of the kernel's arguments."""
-        address = 0
-        for tensor in tensors:
-            address |= tensor.data_ptr()
+        """Launch on tensors of the dtypes of the launches before, in the order of the kernel's arguments.
+
+        Equal keys mean equal `numbers`, `constants`, `warps` and `stages`.
+        """
+        addresses = [tensor.data_ptr() for tensor in tensors]
         # Kernels are compiled for addresses that divide by 16, or for those that do not.
-        key = (*numbers, warps, stages, *constants.values()) if address % 16 == 0 else None
-        if key in self._known:
+        aligned = functools.reduce(operator.or_, addresses) % 16 == 0
+        if aligned and key in self._known:
             compiled, rest = self._known[key]
-            compiled[grid](*tensors, *numbers, *rest)
+            # The driver is asked about a tensor's address, not about a number.
+            compiled[grid](*addresses, *numbers, *rest)
             return
-        compiled = self.kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=stages)
-        if key is not None and getattr(compiled, "function", None) is not None:
+        given = {name: value for some in constants for name, value in some.items()}
+        compiled = self.kernel[grid](*tensors, *numbers, **given, num_warps=warps, num_stages=stages)
+        if aligned and getattr(compiled, "function", None) is not None:
             names = self.kernel.arg_names[len(tensors) + len(numbers) :]
-            self._known[key] = compiled, tuple(constants[name] for name in names)
+            self._known[key] = compiled, tuple(given[name] for name in names)
 
 
 def check_device(name: str, tensor: torch.Tensor) -> None:

@@ -398,12 +398,12 @@ def _decode(
             *plan.loop, H, plan.heads_per_kv, Tq, plan.stop, total, plan.start, span, plan.scaling, plan.softcap,
             plan.offset, plan.window,
         ),
-        plan.constants.decode | {"PER_HEAD": plan.per_head, "R": plan.rows, "N": config.keys},
-        config.warps, config.stages,
+        (plan.constants.decode, {"PER_HEAD": plan.per_head, "R": plan.rows, "N": config.keys}),
+        config.warps, config.stages, (span, config),
     )  # fmt: skip
     plan.merge.launch(
         (total, 1, 1), (part, place, acc, *outputs, table, rows, sinks, cut), (*plan.ends, H, Tq, total, splits),
-        plan.constants.merge | {"S": power_of_two(splits)}, 4, 3,
+        (plan.constants.merge, {"S": power_of_two(splits)}), 4, 3, splits,
     )  # fmt: skip
 
 

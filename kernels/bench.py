@@ -164,7 +164,7 @@ def tasks(device: torch.device, record: Record, options: argparse.Namespace, onl
         from steerlens.kernels.benching import checks, compiled, decode, model, prefill, tune
 
         if name == "compiled":
-            return compiled.tasks(device, options.jobs)
+            return compiled.tasks(device, options.jobs, "tune" in only)
         if name == "checks":
             return checks.tasks(device, options.smoke)
         if name == "floors":

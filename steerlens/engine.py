@@ -79,7 +79,7 @@ class Site(Guarded):
     """A routed attention module.
 
     Attributes:
-        config: the module's own config, put back on release.
+        config: the module's own config, put back on release; `implementation`: its attention.
         placed: the layer's edits of attention, over all contexts.
         around: its edits before and after the attention call.
         calls: attention calls so far; `rows`: query rows of all batch rows; `reached`: called since the last start.
@@ -88,6 +88,7 @@ class Site(Guarded):
     def __init__(self, engine: Engine, layer: int, module: Any) -> None:
         self.engine, self.layer, self.module = engine, layer, module
         self.config: Any = module.config
+        self.implementation = self.config._attn_implementation  # a config takes its time to answer
         self.placed: list[Placed] = []
         self.around: list[around.Placed] = []
         self.outlet = around.Outlet(module, layer, engine.facts)
@@ -118,7 +119,7 @@ class Site(Guarded):
         # FSDP puts a class of its own before the model's.
         files = [sys.modules[kind.__module__] for kind in type(self.module).__mro__]
         eager: Any = next((f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward")), None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager)
         module: Any = self.module
         routed, module.config = module.config, self.config
         try:
@@ -520,7 +521,7 @@ class Engine(Guarded):
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
         softcap, sinks = extra.get("softcap"), extra.get("s_aux")
-        if site.config._attn_implementation == "sdpa":
+        if site.implementation == "sdpa":
             softcap = sinks = None  # older transformers let gemma2 run on a native sdpa that knows neither
         call = Call(query, key, value, mask, float(scaling), softcap, offset, real, plain, sinks=sinks, memo=now.memo)
         call.window = window if shaped and not plain else None

@@ -70,7 +70,11 @@ def compile_one(name: str, capability: int) -> list[Values]:
 
 def compile_all(capability: int, jobs: int, only: str = "") -> list[Values]:
     """All launches whose names hold `only`, in as many processes."""
-    names = [name for name in launches() if only in name]
+    return compile_names([name for name in launches() if only in name], capability, jobs)
+
+
+def compile_names(names: list[str], capability: int, jobs: int) -> list[Values]:
+    """These launches, in as many processes."""
     one = functools.partial(compile_one, capability=capability)
     if jobs == 1:
         return [row for name in names for row in one(name)]
@@ -102,14 +106,15 @@ def _timed(rows: list[Values]) -> list[Values]:
     return list(found.values())
 
 
-def tasks(device: torch.device, jobs: int) -> list[Task]:
-    """One row with all kernels; it fills the cache that the others compile into."""
+def tasks(device: torch.device, jobs: int, tuned: bool = True) -> list[Task]:
+    """One row with all kernels, those of tuning if `tuned`; it fills the cache that the others compile into."""
 
     def run() -> Values:
         if device.type != "cuda":
             raise NotRunnable("interpreted: nothing to compile")
         major, minor = torch.cuda.get_device_capability(device)
-        rows = compile_all(10 * major + minor, jobs)
+        names = [name for name in launches() if tuned or not name.startswith("tune ")]
+        rows = compile_names(names, 10 * major + minor, jobs)
         values = {"capability": 10 * major + minor, "jobs": jobs, "launches": len(rows), "kernels": _timed(rows)}
         if found := wrong(rows):
             raise Failed("; ".join(found)[:2000], **values)

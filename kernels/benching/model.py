@@ -90,9 +90,7 @@ class Runs:
 
         model, twin = self._built()
         method, size = self._made(name), self.size
-        ids = torch.randint(size.shape["vocab_size"], (1, size.prompt), generator=torch.Generator().manual_seed(1)).to(
-            self.device
-        )
+        ids = self._ids()
         spans = [[cases.span(size.prompt)]]
         row: Values = {"method": cases.describe(method), "backend": backend, "prompt": size.prompt, "steps": size.steps}
         native, most = self._peak(model, ids)
@@ -133,13 +131,23 @@ class Runs:
 
     def _built(self) -> tuple[Any, Any]:
         if self._models is None:
+            from steerlens.bench import timing
             from steerlens.bench.model import share
 
             prefill.release()
             decode.release()
             model = build(self.size, self.device)
             self._models = model, share(model)
+            # Each step makes larger tensors than the last: the first to make them waits for their memory.
+            step = timing.Decode(model, self._ids(), self.size.steps)
+            with torch.inference_mode():
+                for _ in range(self.size.steps):
+                    step()
         return self._models
+
+    def _ids(self) -> torch.Tensor:
+        generator, size = torch.Generator().manual_seed(1), self.size
+        return torch.randint(size.shape["vocab_size"], (1, size.prompt), generator=generator).to(self.device)
 
     def _made(self, name: str) -> Any:
         from steerlens.bench import cases

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ def _supported(call: Call, run: Callable[[], Any]) -> Any:
         raise UnsupportedError(f"backend 'triton': {error}; or use 'auto', 'sdpa' or 'reference'") from error
 
 
+@cache
+def _kernels() -> Any:
+    from steerlens.kernels import attention
+
+    return attention
+
+
 STEPS = 512
 """Room for so many generated keys behind labels that are kept."""
 Terms = list[tuple[torch.Tensor, torch.Tensor]]
@@ -79,9 +86,7 @@ Terms = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _attention(call: Call) -> torch.Tensor:
-    from steerlens.kernels.attention import Law
-    from steerlens.kernels.attention import attention as kernel
-
+    kernels = _kernels()
     cuts = [edit for edit in call.edits if isinstance(edit, Cut)]
     moves = [edit for edit in call.edits if not isinstance(edit, Cut)]
     terms: Terms = []
@@ -92,7 +97,7 @@ def _attention(call: Call) -> torch.Tensor:
             terms.append(_term(call, edit))
         elif isinstance(edit, MoveMass) and edit.floor is not None and number == len(moves) - 1:
             kind, raised = edit.floor
-            law = Law(kind, edit.spread(raised, call.query.shape[1]), edit.rows)
+            law = kernels.Law(kind, edit.spread(raised, call.query.shape[1]), edit.rows)
             marked = _marked(call, terms, edit.keys[:, 0, None], of=edit.keys)
         elif isinstance(edit, MoveMass):
             more, gain = _as_terms(call, edit, terms)
@@ -102,13 +107,13 @@ def _attention(call: Call) -> torch.Tensor:
             terms.append(_as_term(call, edit, terms))
         else:
             table = _keep_table(tuple(edit.heads), edit.fraction, call.query.shape[1], call.query.device)
-            law = Law("transfer", table, edit.rows)
+            law = kernels.Law("transfer", table, edit.rows)
             marked = None if terms else _frozen(call, edit)
             if marked is None:
                 keys = edit.find(_summer(call, edit.heads, terms))
                 marked = _marked(call, terms, _spread(call, edit.heads, keys))
     marked = _marked(call, terms) if marked is None else marked
-    found = kernel(
+    found = kernels.attention(
         call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, law=law, cut=_cut(call, cuts)
     )
     output = found.output
@@ -173,11 +178,9 @@ def _all_terms(call: Call) -> Terms:
 
 def _measure(call: Call, heads: list[int], terms: Terms, measured: list[torch.Tensor], wanted: list[str]) -> Any:
     """Statistics under `terms`; masses of those and then of the `measured` keys, bool [B or 1, H or 1, Tk] each."""
-    from steerlens.kernels.attention import attention as kernel
-
     nothing = torch.zeros(1, call.query.shape[1], 1, device=call.query.device)
     marked = _marked(call, terms + [(nothing, keys) for keys in measured], keep=not measured)
-    return kernel(
+    return _kernels().attention(
         call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **marked, heads=_chosen(call, heads),
         stats=wanted, output=False,
     )  # fmt: skip
@@ -292,9 +295,7 @@ def _labels(call: Call, terms: Terms, group: torch.Tensor | None, hidden: torch.
 
 def _lse(call: Call, terms: Terms, heads: list[int], hidden: torch.Tensor | None = None) -> torch.Tensor:
     """Log-sum-exp of the logits of `heads` with terms, without `hidden` keys [B, H, Tk]; fp32 [B, h, Tq]."""
-    from steerlens.kernels.attention import attention as kernel
-
-    found = kernel(
+    found = _kernels().attention(
         call.query, call.key, call.value, **_seen(call), sinks=call.sinks, **_marked(call, terms, hidden=hidden),
         heads=_chosen(call, heads), stats=("lse",), output=False,
     )  # fmt: skip
