@@ -142,7 +142,7 @@ def attention(
     tensors = (query, key, value, bits, bias, table, rows, mask, sinks, cut, heads)
     call = (
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
-        kind, groups, terms, scaling, offset, window, softcap, *stats, output,
+        kind, groups, terms, scaling, offset, window, softcap, *stats, output, DECODE_ROWS,
     )  # fmt: skip
     asked = None if traced else _ASKED.get(call)
     if asked is None:

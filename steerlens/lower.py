@@ -76,14 +76,19 @@ def lower(placed: list[Placed], now: Pass, layer: int, heads: int, again: bool =
         if isinstance(edit, Reweight) and isinstance(edit.law, Keep):
             moves.append(_keep(items, now, length, start, heads, again))
             continue
-        if isinstance(edit, Redistribute):
+        if isinstance(edit, Redistribute) and any(isinstance(group, Outliers) for group in edit.groups):
             moves.append(_move(items, now, layer, heads))
             continue
         # Layers with the same edit share its tensors.
         key = (*[item.key if item.same is None else item.same for item in items], length, start, heads)
         lowered = now.memo.get(key)
         if lowered is None:
-            lowered = _cut(items, now, heads) if isinstance(edit, Ablate) else _bias(items, now, length, start, heads)
+            if isinstance(edit, Redistribute):
+                lowered = _move(items, now, layer, heads)
+            elif isinstance(edit, Ablate):
+                lowered = _cut(items, now, heads)
+            else:
+                lowered = _bias(items, now, length, start, heads)
             now.memo[key] = lowered
         (cuts if isinstance(edit, Ablate) else moves).append(lowered)  # type: ignore[arg-type]
     return moves + _latest(cuts)

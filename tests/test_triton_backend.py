@@ -15,7 +15,7 @@ from steerlens import backends
 from steerlens.backends import fused
 from steerlens.backends.call import Bias, Call, KeepMass
 from steerlens.errors import UnsupportedError
-from steerlens.methods import ACT, PASTA, HeadMask, PerRow, ZeroTuning
+from steerlens.methods import ACT, PASTA, HeadMask, PerRow, SpotLight, ZeroTuning
 from steerlens.recording import STATS
 
 LENGTHS = (18, 11)
@@ -250,8 +250,100 @@ class TestRefusals:
             backends.check("triton")
 
 
-def test_auto_takes_sdpa(model_of, prompts, monkeypatch):
-    """Until a record shows triton to be faster."""
-    monkeypatch.setattr(fused, "attention", None)
-    model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
-    logits(model, ids, mask, ZeroTuning(2))
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a device whose record has triton faster; counts what goes to the kernels."""
+    taken = []
+    original = fused.attention
+    monkeypatch.setattr(fused, "attention", lambda call: taken.append(call) or original(call))
+    monkeypatch.setattr(backends, "fastest", lambda device, dtype: "triton")
+    return taken
+
+
+class TestAuto:
+    def test_sdpa_where_no_record_says_otherwise(self, model_of, prompts, monkeypatch):
+        monkeypatch.setattr(fused, "attention", None)
+        model, (ids, mask) = model_of("llama-gqa"), prompts(None, LENGTHS)
+        logits(model, ids, mask, ZeroTuning(2))
+
+    @pytest.mark.parametrize(
+        ("capability", "dtype", "expected"),
+        [
+            ((9, 0), torch.bfloat16, "triton"),
+            ((9, 0), torch.float16, "triton"),
+            ((9, 0), torch.float32, "sdpa"),
+            ((8, 0), torch.bfloat16, "sdpa"),
+        ],
+    )
+    def test_by_device_and_dtype(self, capability, dtype, expected, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert backends.fastest.__wrapped__(torch.device("cuda", 0), dtype) == expected
+        assert backends.fastest(torch.device("cpu"), dtype) == "sdpa"
+
+    def test_triton_where_a_record_has_it_faster(self, hopper, model_of, prompts):
+        model, (ids, mask) = model_of("mistral"), prompts("left", (20, 17))
+        got, expected = one_each("auto", model, ids, mask, ZeroTuning(3.0))
+        assert {call.window for call in hopper} == {12}
+        assert apart(got, expected, mask) < 1e-5
+
+    def test_what_needs_gradients_goes_to_sdpa(self, hopper, model_of, prompts):
+        model, (ids, mask) = model_of("mistral"), prompts("left", (20, 17))
+        with steerlens.steer(model, ZeroTuning(3.0)):
+            steered = model(ids, attention_mask=mask).logits
+        assert steered.requires_grad and not hopper
+        assert apart(steered.detach(), logits(model, ids, mask, ZeroTuning(3.0), backend="reference"), mask) < 1e-5
+
+    def test_what_the_kernels_lack_is_computed_without_them(self, hopper, model_of, prompts):
+        """A window that they were given by its width, too."""
+        model, (ids, mask) = model_of("mistral"), prompts("left", (20, 17))
+        spans = [[(i % 12 + 8, i % 12 + 9) for i in range(29)]] * 2
+        got, expected = one_each("auto", model, ids, mask, PASTA(0.5, sections="published"), spans)
+        assert hopper and apart(got, expected, mask) < 1e-5
+
+    def test_captures_and_reports_too(self, hopper, model_of, prompts, monkeypatch):
+        asked = []
+        for name in ("statistics", "moved"):
+            monkeypatch.setattr(fused, name, lambda *args, name=name: asked.append(name) or refuse())
+
+        def refuse():
+            raise UnsupportedError("not by kernels")
+
+        model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+        with (
+            torch.no_grad(),
+            steerlens.steer(model, ZeroTuning(3.0), report="mass") as steered,
+            steerlens.capture(model, SPANS["left"], stats=("mass",)) as record,
+        ):
+            model(ids, attention_mask=mask)
+        assert set(asked) == {"statistics", "moved"}
+        assert not record[0].mass[0].isnan().any() and steered.report()
+
+
+@pytest.mark.parametrize("law", ["ratio", "odds"])
+def test_a_floor_under_a_groups_mass_is_one_pass(law, model_of, prompts, monkeypatch):
+    """SpotLight's law is one that the kernels have; only where an edit follows are masses measured first."""
+    seen = []
+    original = fused._kernels().attention
+    monkeypatch.setattr(fused._kernels(), "attention", lambda *a, **k: seen.append(k.get("stats")) or original(*a, **k))
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+    for heads in ("all", {0: [1, 2], 1: [3]}):
+        method = SpotLight(0.4, law=law, heads=heads)
+        got, expected = one_each("triton", model, ids, mask, method, SPANS["left"])
+        assert apart(got, expected, mask) < 1e-5 and set(seen) == {None}
+    seen.clear()
+    got, expected = one_each("triton", model, ids, mask, [SpotLight(0.4, law=law), ZeroTuning(2.0)], SPANS["left"])
+    assert apart(got, expected, mask) < 1e-5 and ["mass"] in seen
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt_oss"])
+def test_keys_outside_a_span_are_moved_by_those_inside(family, model_of, prompts, monkeypatch):
+    """The same weights, with fewer tiles that hold labels; not beside a learned sink, which stays as it is."""
+    labelled = []
+    original = fused._labels
+    monkeypatch.setattr(fused, "_labels", lambda call, terms, *a: labelled.append(terms) or original(call, terms, *a))
+    model, (ids, mask) = model_of(family, native_of(family)), prompts("left", LENGTHS)
+    got, expected = one_each("triton", model, ids, mask, PASTA(0.05), SPANS["left"])
+    assert apart(got, expected, mask) < 1e-5
+    inside = [int(keys[0].sum()) for terms in labelled for _, keys in terms]
+    assert set(inside) == ({3} if family == "llama-gqa" else {15})

@@ -65,7 +65,8 @@ def compile_one(name: str, capability: int) -> list[Values]:
             launches()[name]()
     except Exception as error:
         return [{"launch": name, "error": f"{type(error).__name__}: {str(error)[:500]}"}]
-    return [{"launch": name} | asdict(kernel) for kernel in found if kernel.name not in SMALL]
+    rows = [{"launch": name} | asdict(kernel) for kernel in found if kernel.name not in SMALL]
+    return [{key: value for key, value in row.items() if key != "code"} for row in rows]
 
 
 def compile_all(capability: int, jobs: int, only: str = "") -> list[Values]:
