@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from steerlens import caches, vectors
+from steerlens import caches
 from steerlens.backends import reference
 from steerlens.backends.call import Call
 from steerlens.engine import Engine
@@ -52,15 +52,15 @@ class Detector:
         MethodError: if the file's weights are not those of this model's heads.
     """
 
-    def __init__(self, file: str, facts: ModelFacts) -> None:
-        found = vectors.load(file)
+    def __init__(self, method: LookbackLens, facts: ModelFacts) -> None:
+        found = method.load_vectors("weight")
         further = sorted(set(found.layers("weight")) - set(facts.attention_layers))
         bias = found.tensors.get("bias")
         if further or bias is None or bias.numel() != 1:
             what = f"has weights of layers {further}" if further else "has no 'bias' of one number"
             raise MethodError(
-                f"lookback_lens: {file} {what}, {facts.name} has attention in the layers "
-                f"{list(facts.attention_layers)}: fit a detector on this model (steerlens.fitting.lookback_lens)"
+                f"lookback_lens: {found.name} {what}, {facts.name} has attention in the layers "
+                f"{list(facts.attention_layers)}: fit a detector on this model ({method.fit})"
             )
         self.weight = torch.cat([found.get("weight", layer, facts, ndim=1) for layer in facts.attention_layers])
         self.bias = bias.reshape(())
@@ -129,7 +129,7 @@ def generate(method: LookbackLens, model: Any, inputs: Mapping[str, Any], spans:
             f"lookback_lens runs its candidates as further rows, which {engine.describe()} cannot hold: capture a "
             "forward on the text that it gives"
         )
-    detector = Detector(method.vectors, engine.facts)
+    detector = Detector(method, engine.facts)
     # transformers keeps a streamer from a loop that is not its own
     stream = options.get("streamer")
     loop = functools.partial(

@@ -1,10 +1,21 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and those that ship beside the recipes."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from importlib import resources
 from pathlib import Path
+
+
+def here_or_shipped(file: str) -> Path:
+    """The file of that path; a bare name that is not here may be one that ships beside the recipes."""
+    path = Path(file)
+    if not path.exists() and path.name == file:
+        shipped = resources.files("steerlens.recipes") / file
+        if isinstance(shipped, Path) and shipped.is_file():
+            return shipped
+    return path
 
 
 def check(path: Path) -> None:

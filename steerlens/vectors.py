@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +62,11 @@ class VectorFile:
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str]
 
+    @property
+    def kinds(self) -> str:
+        """What it holds, for messages."""
+        return ", ".join(sorted({name.rpartition(".")[0] or name for name in self.tensors})) or "nothing"
+
     def layers(self, kind: str) -> list[int]:
         """Layers that have tensors of this kind."""
         found = [name.rpartition(".") for name in self.tensors]
@@ -87,7 +91,7 @@ class VectorFile:
             raise MethodError(
                 f"{self.name} has no {kind!r} of layer {layer}; it has {kind!r} of layers {known}"
                 if known
-                else f"{self.name} has no {kind!r} vectors; it holds {', '.join(sorted(self.tensors)) or 'nothing'}"
+                else f"{self.name} has no {kind!r} vectors; it holds {self.kinds}"
             )
         heads = (facts.kv_heads if kv else facts.heads)[layer]
         if tensor.ndim != ndim or tensor.shape[0] != heads:
@@ -151,11 +155,8 @@ def load(file: str) -> VectorFile:
     Raises:
         MethodError: naming the file, if it cannot be read or is not such a file.
     """
-    path = Path(file)
     try:
-        if not path.is_file() and path.name == file:
-            shipped = resources.files("steerlens.recipes") / file
-            path = shipped if isinstance(shipped, Path) and shipped.is_file() else path
+        path = files.here_or_shipped(file)
         status = path.stat()
         return _read(path, file, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError) as error:

@@ -138,7 +138,7 @@ def test_a_fit_lowers_its_loss_and_leaves_the_model_alone(tiny, tmp_path):
 
 
 def test_errors(file, model, tiny):
-    with pytest.raises(MethodError, match=r"holds 'beta' of layers \[7\]; needed are tensors 'beta.<layer>' of layers"):
+    with pytest.raises(MethodError, match=r"holds 'beta' of layers \[7\]; needed are 'beta.<layer>' of layers"):
         steerlens.steer(model, AnchorReweighting(file({7: [[1.0]] * 8})), SPANS)
     with pytest.raises(MethodError, match=r"'beta' of layer 0 is \[3, 2\]; layer 0 of llama has 8 query heads"):
         steerlens.steer(model, AnchorReweighting(file({0: [[1.0, 2.0]] * 3})), SPANS)

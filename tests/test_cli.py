@@ -1,3 +1,4 @@
+import ast
 import json
 import shlex
 import signal
@@ -21,6 +22,7 @@ from steerlens import methods
 from steerlens.cli import app, doctor
 from steerlens.methods import PASTA, ZeroTuning
 from steerlens.recipe import load_recipe, shipped
+from steerlens.vectors import VectorFile
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(60)]
@@ -598,13 +600,61 @@ def test_a_reader_that_leaves_is_no_error():
 # --- shipped recipes on the shipped model ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(name for name in shipped() if name.endswith("-tiny")))
-def test_the_first_line_of_a_recipe_is_a_command_that_runs(name):
-    first = shipped()[name].read_text().splitlines()[0]
-    command, *arguments = shlex.split(first.removeprefix("# "))
-    found = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "8"])
-    assert (command, found.exit_code, found.stderr) == ("steerlens", 0, "")
-    assert found.stdout.startswith("unsteered: ")
+@pytest.fixture(scope="module")
+def tiny_stays_loaded():
+    """Commands of this module find the bundled model loaded."""
+    from steerlens import models
+
+    tiny = models.load("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda *_: tiny)
+        yield
+
+
+def answers(command):
+    """Both texts of a command that compares."""
+    program, *arguments = shlex.split(command)
+    found = CliRunner().invoke(app, [*arguments, "--json", "--max-new-tokens", "8"])
+    assert (program, found.exit_code, found.stderr) == ("steerlens", 0, "")
+    (result,) = json.loads(found.stdout)["results"]
+    assert result["steered"].strip()
+    return result["baseline"], result["steered"]
+
+
+def shown(*arguments):
+    found = CliRunner().invoke(app, ["list", *arguments, "--json"])
+    assert found.exit_code == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_both_examples_of_a_method_run_alike(name, tiny_stays_loaded):
+    by_recipe, by_parameters = shown("methods", name)["examples"]
+    assert f"--recipe {name}-tiny" in by_recipe
+    assert "--recipe" not in by_parameters and f"--model tiny --method {name}" in by_parameters
+    sides = answers(by_recipe)
+    assert answers(by_parameters) == sides
+    evidence = load_recipe(f"{name}-tiny").evidence
+    if abs(evidence.steered - evidence.baseline) > 0.1:
+        assert sides[0] != sides[1]
+
+
+def test_every_shipped_recipe_for_tiny_is_an_example_of_its_method():
+    listed = {item["name"]: item for item in shown("methods")}
+    for name in (name for name in shipped() if name.endswith("-tiny")):
+        recipe = load_recipe(name)
+        (method,) = recipe.methods
+        assert (name, recipe.model.id) == (f"{method.name}-tiny", "tiny")
+        assert f"--recipe {name} " in listed[method.name].pop("example")
+    assert not [name for name, item in listed.items() if "example" in item]
+
+
+def test_examples_in_the_help_of_run_work(tiny_stays_loaded):
+    page = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "80"}).stdout
+    assert "steerlens list methods NAME" in page and max(map(len, page.splitlines())) <= 80
+    commands = page.partition("Examples")[2].replace("\\\n", " ").splitlines()[1:]
+    ran = [answers(line) for line in commands if line.strip() and "--prompt-file" not in line]
+    assert len(ran) == 4 and ran[0][0] != ran[0][1]
 
 
 @pytest.mark.parametrize("name", sorted(name for name in shipped() if not name.endswith("-tiny")))
@@ -661,6 +711,8 @@ def test_list_names_everything(call):
     assert found["headmask"]["required"] == ["heads"] and found["zerotuning"]["required"] == []
     assert found["pasta"]["parameters"]["alpha"] == PASTA().alpha
     assert found["pasta"]["needs"] == ["emphasis"]
+    assert "needs:       emphasis (--emphasize TEXT); vectors (--vectors F.safetensors, from steerlens.fit" in shown
+    assert shown.count("\n    example:     steerlens run --recipe ") == len(found)
     assert "2311.02262" in found["pasta"]["source"]
     assert "meta-llama/Llama-3.1-8B-Instruct" in call("list", "models", run=False).stdout
     recipes = {r["name"]: r for r in json.loads(call("list", "recipes", "--json", run=False).stdout)}
@@ -670,6 +722,81 @@ def test_list_names_everything(call):
     assert len(recipes["pasta-llama-7b-86heads"]["methods"][0]["heads"]) == 26
     assert call("list", "tasks", run=False).exit_code == 0
     assert call("list", "method", run=False).exit_code == 2
+
+
+def test_editors_know_every_method_of_the_registry():
+    own = {
+        cls.__name__: cls.__module__
+        for cls in map(methods.get, methods.names())
+        if cls.__module__.startswith("steerlens.methods.")
+    }
+    tree = ast.parse(Path(methods.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    assert {line.names[0].name: line.module for line in block.body} == own
+    rest = {"DecodingMethod", "EditMethod", "Method", "PerRow", "PromptMethod", "from_dict", "get", "names"}
+    assert set(methods.__all__) == {*own, *rest} and len(methods.__all__) == len(own) + len(rest)
+    assert all(getattr(methods, name).__name__ == name for name in methods.__all__)
+
+
+def test_list_shows_one_in_full(call):
+    page = call("list", "methods", "spotlight", run=False).stdout
+    assert "log(τ/ψ) nats" in page and "target: float = 0.1\n" in page and "emphasis (--emphasize TEXT)" in page
+    assert "law: Literal['ratio', 'odds'] = 'ratio'" in page
+    item = json.loads(call("list", "methods", "spotlight", "--json", run=False).stdout)
+    assert item["documentation"] in page and all(f"    {command}\n" in page for command in item["examples"])
+    assert call("list", "recipes", "var-tiny", run=False).stdout == shipped()["var-tiny"].read_text()
+    assert "stands in for the image" in " ".join(shown("recipes", "var-tiny")["notes"])
+    assert shown("models", "tiny")["name"] == "tiny"
+    found = call("list", "methods", "spotligt", run=False)
+    assert found.exit_code == 2 and "'spotligt' is not among the methods: act, " in found.stderr
+    assert "did you mean 'spotlight'" in found.stderr
+
+
+FACTS = "The code of the office is 4417. The letter was cold. Question: What is the code? Answer:"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("found_in_the_middle", [], "needs the span group 'documents': give --documents F.jsonl"),
+        ("found_in_the_middle", ["--span", "document=The letter was cold."], "in the row; given: 'document'"),
+        ("found_in_the_middle", ["--documents", "elsewhere.jsonl"], "group 'documents': 'The sea was calm.' is not in"),
+        ("found_in_the_middle", ["--documents", "none.jsonl"], "--documents none.jsonl cannot be read: No such file"),
+        ("lookback_lens", ["--vectors", "lookback_lens-tiny.safetensors"], "give --span context=TEXT, or 'groups'"),
+        ("seka", ["--emphasize", "The letter was cold."], "seka needs vectors, from steerlens.fitting.seka(model"),
+        ("headmask", [], "headmask needs heads, such as '3:17,7;8:*' or 'scores.json:top20'"),
+        ("var", ["--span", "image=The letter was cold."], 'var needs channels, from steerlens.capture(model, stats="'),
+        ("massive_activations", [], "needs layer, channels, from steerlens.fitting.massive_activations(model, texts)"),
+        ("positional_scaling", [], "needs channel, from steerlens.fitting.positional_channels(model); `steerlens list"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_source(method, options, message, tmp_path, monkeypatch, tiny_stays_loaded):
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere.jsonl").write_text('"The letter was cold."\n"The sea was calm."\n')
+    found = CliRunner().invoke(app, ["run", "--method", method, "--prompt", FACTS, *options])
+    assert (found.exit_code, found.stdout) == (2, "") and message in found.stderr
+
+
+VECTORS = ["adaseka", "anchor_reweighting", "focus_directions", "iti", "lookback_lens", "nl_iti", "seka"]
+
+
+@pytest.mark.parametrize("method", VECTORS)
+def test_vectors_of_another_method_are_refused(method, tmp_path, monkeypatch, tiny_stays_loaded):
+    monkeypatch.chdir(tmp_path)
+    spans = ["--emphasize", "The letter was cold.", "--span", "context=The letter was cold."]
+    command = ["run", "--method", method, "--prompt", FACTS, *spans, "--vectors"]
+    fit = f"steerlens.fitting.{method}(model, tokenizer, "
+    for other in set(VECTORS) - {method}:
+        found = CliRunner().invoke(app, [*command, f"{other}-tiny.safetensors"])
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert f"{method}: vectors: {other}-tiny.safetensors was fitted for {other}; {fit}" in found.stderr
+    VectorFile("other", {"other.0": torch.ones(2, 2)}, {}).save("unnamed.safetensors")
+    found = CliRunner().invoke(app, [*command, "unnamed.safetensors"])
+    assert found.exit_code == 2 and "vectors; it holds other; " + fit in found.stderr
+    found = CliRunner().invoke(app, [*command, "gone.safetensors"])
+    assert found.exit_code == 2 and "cannot read gone.safetensors: No such file" in found.stderr and fit in found.stderr
+    found = CliRunner().invoke(app, [*command, "vectors.pt"])
+    assert found.exit_code == 2 and f"allowed: the path of a .safetensors file, as {fit}" in found.stderr
 
 
 def test_doctor_runs_the_backends(call):

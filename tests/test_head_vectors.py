@@ -338,7 +338,12 @@ class TestErrors:
         fails("top=25 asks for more heads than the 24", good, top=25)
         VectorFile("x", {"query.0": torch.ones(8, 8), "score.0": torch.ones(8)}, {}).save(tmp_path / "o.safetensors")
         fails("has no 'query' of layer 2; it has 'query' of layers \\[0\\]", tmp_path / "o.safetensors", heads="2:1")
-        fails("has no 'mean_deviation' vectors", tmp_path / "o.safetensors", method=ITI, top=3)
+        fails(
+            r"iti: .* has no 'mean' vectors; it holds query, score; steerlens.fitting.iti\(",
+            tmp_path / "o.safetensors",
+            method=ITI,
+            top=3,
+        )
         fails(
             r"'query' of layer 0 is \[8, 8\].*has 4 query heads",
             tmp_path / "o.safetensors",

@@ -147,7 +147,8 @@ def test_probabilities_and_choice(tmp_path):
     path = tmp_path / "d.safetensors"
     VectorFile("d", {"weight.0": torch.tensor([2.0, -1.0]), "bias": torch.tensor([0.1])}, {}).save(path)
     facts = steerlens.facts.ModelFacts("oracle", "llama", 1, (2,), (2,))
-    found = choosing.Detector(str(path), facts).probability(torch.tensor([[0.5, 0.7], [0.62, 0.4], [0.3, 0.2]]))
+    detector = choosing.Detector(LookbackLens(str(path)), facts)
+    found = detector.probability(torch.tensor([[0.5, 0.7], [0.62, 0.4], [0.3, 0.2]]))
     assert found.tolist() == pytest.approx([0.598688, 0.719100, 0.622459], abs=1e-6)
 
 
@@ -187,7 +188,7 @@ def test_a_fit_tells_spans_apart(tmp_path, monkeypatch):
 def spelled_out(model, method, ids, stop, steps, steering=()):
     """The same for one row, from dense maps of whole texts: no cache, no batch."""
     facts = decoder.read(decoder.find(model))[0]
-    detector = choosing.Detector(method.vectors, facts)
+    detector = choosing.Detector(method, facts)
     draw = torch.Generator().manual_seed(method.seed)
     text, prompt = ids[0].tolist(), ids.shape[1]
 

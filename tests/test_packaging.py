@@ -90,6 +90,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"steerlens"}
     for file in (
         "tiny/model.safetensors", "tiny/tokenizer.json", "tiny/chat_template.jinja", "recipes/pasta-tiny.yaml",
+        "recipes/seka-tiny.safetensors", "recipes/documents-tiny.jsonl",
         "py.typed", "evals/world/tasks.py", "kernels/README.md", "cli/run.py", "backends/sdpa.py",
         "measures/retrieval.py",
     ):  # fmt: skip

@@ -39,7 +39,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-app.command("run")(guard.guarded(run.run))
+app.command("run", epilog=run.EXAMPLES)(guard.guarded(run.run))
 app.command("list")(guard.guarded(listing.listing))
 app.command("doctor")(guard.guarded(doctor.doctor))
 app.command("bench")(guard.guarded(bench.bench))

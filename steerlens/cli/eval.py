@@ -121,6 +121,8 @@ def evaluate(
 
     For example: steerlens eval --recipe pasta-tiny --tasks conflict,needle --limit 200 --controls --output results
 
+    What a method needs, and its parameters: steerlens list methods NAME. Span groups of tasks: steerlens list tasks.
+
     Every batch is on the disk when it is done: a run that was stopped goes on with --resume. Several processes share
     the work by --shard, or under `accelerate launch -m steerlens.cli eval …`.
     """

@@ -24,7 +24,7 @@ def read_texts(path: Path, option: str) -> list[str]:
         UsageError: naming the option, the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = files.here_or_shipped(str(path)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"{option} {path} cannot be read: {why}") from None

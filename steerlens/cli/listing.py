@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from steerlens.cli import worked
+from steerlens.cli.guard import UsageError
+from steerlens.errors import nearest
 
 _MOST_SHOWN = 8
 
@@ -28,9 +34,17 @@ class What(StrEnum):
 
 def listing(
     what: Annotated[What, typer.Argument(help="What to list.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Only this one; a method or a recipe in full.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a list, or with NAME one object.")] = False,
 ) -> None:
-    """List methods, models, recipes, tasks, jobs or metrics."""
+    """List methods, models, recipes, tasks, jobs or metrics.
+
+    For example: steerlens list methods spotlight
+
+    Of a method that is its formula, its parameters, what it needs, and commands that run it on the bundled model.
+    """
     kinds = {
         What.methods: methods,
         What.models: models,
@@ -40,6 +54,16 @@ def listing(
         What.metrics: metrics,
     }
     found = kinds[what]()
+    if name is not None:
+        one = next((item for item in found if item["name"] == name), None)
+        if one is None:
+            known = [str(item["name"]) for item in found]
+            raise UsageError(f"{name!r} is not among the {what.value}: {', '.join(known)}{nearest(name, known)}")
+        details: dict[What, Callable[[str], dict[str, Any]]] = {What.methods: _method, What.recipes: _recipe}
+        one |= details[what](name) if what in details else {}
+        texts = {What.methods: _method_text, What.recipes: _recipe_text}
+        typer.echo(json.dumps(one, ensure_ascii=False) if as_json else texts.get(what, _row_text)(one))
+        return
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -50,7 +74,7 @@ def listing(
 
 
 def methods() -> list[dict[str, Any]]:
-    """Every method: name, summary, parameters with defaults (null: required), span groups needed, source."""
+    """Every method: name, summary, parameters with defaults (null: required), what it needs, source, an example."""
     from steerlens import methods as registry
 
     found = []
@@ -68,7 +92,9 @@ def methods() -> list[dict[str, Any]]:
                 "parameters": parameters,
                 "required": required,
                 "needs": list(cls.needs),
+                "fit": cls.fit,
                 "source": cls.source,
+                "example": worked.of_method(name),
             }
         )
     return found
@@ -145,10 +171,69 @@ def _summary(function: Any) -> str:
     return " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
 
 
+def _method(name: str) -> dict[str, Any]:
+    """What a method's row leaves out: its docstring, its parameters' types, and its examples."""
+    from steerlens import methods as registry
+
+    cls = registry.get(name)
+    recipe = f"{name}-tiny"
+    examples = [worked.command(recipe), worked.spelled(recipe)] if worked.command(recipe) else []
+    types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    return {"documentation": inspect.getdoc(cls) or "", "types": types, "examples": examples}
+
+
+def _method_text(item: dict[str, Any]) -> str:
+    parts = [
+        f"{item['name']}: {item['summary']}\n{item['source']}",
+        item["documentation"],
+        "Parameters:\n" + "\n".join(_signature(item, name) for name in item["parameters"]),
+        f"Needs:\n    {_needs(item)}",
+    ]
+    if item["examples"]:
+        parts.append("Examples, by its recipe and by its parameters:\n    " + "\n\n    ".join(item["examples"]))
+    return "\n\n".join(parts)
+
+
+def _signature(item: dict[str, Any], name: str) -> str:
+    start = f"    {name}: {item['types'][name]}"
+    return start if name in item["required"] else f"{start} = {item['parameters'][name]!r}"
+
+
+def _needs(item: dict[str, Any]) -> str:
+    """Span groups and parameters without which a method does nothing, and what gives them."""
+    from steerlens.cli.session import option
+
+    found = [f"{group} ({option(group)})" for group in item["needs"]]
+    source = f", from {item['fit']}" if item["fit"] else ""
+    for name in item["required"]:
+        given = {"heads": "--heads SPEC", "vectors": "--vectors F.safetensors"}.get(name, f"--set {name}=…")
+        found.append(f"{name} ({given}{source if name != 'heads' else ''})")
+    return "; ".join(found) or "nothing"
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """What a recipe's row leaves out: the notes above it, the whole of it, and its command."""
+    from steerlens.recipe import load_recipe, shipped
+
+    first, *rest = shipped()[name].read_text(encoding="utf-8").splitlines()
+    notes = [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line[:1] == "#", rest)]
+    return {"notes": notes, **load_recipe(name).to_dict(), "examples": [first.removeprefix("# ")]}
+
+
+def _recipe_text(item: dict[str, Any]) -> str:
+    from steerlens.recipe import shipped
+
+    return str(shipped()[item["name"]].read_text(encoding="utf-8")).rstrip()
+
+
+def _row_text(item: dict[str, Any]) -> str:
+    return "\n".join(_shown(item))
+
+
 def _shown(item: dict[str, Any]) -> list[str]:
     head, *rest = (
         [key for key in item if key == "name"],
-        *[key for key in item if key not in ("name", "required")],
+        *[key for key in item if key not in ("name", "required", "fit")],
     )
     lines = [f"{item[head[0]]}"]
     for key in rest:
@@ -157,6 +242,8 @@ def _shown(item: dict[str, Any]) -> list[str]:
             value = ", ".join(
                 name if name in item["required"] else f"{name}={default}" for name, default in value.items()
             )
+        elif key == "needs":
+            value = _needs(item)
         elif key == "methods":
             value = "; ".join(" ".join(_argument(k, v) for k, v in method.items()) for method in value)
         elif isinstance(value, list):

@@ -11,6 +11,35 @@ import typer
 from steerlens.cli import options
 from steerlens.cli.guard import UsageError
 
+# Blocks that begin with \b are shown as they stand.
+EXAMPLES = """\b
+Examples on the bundled model, which --model M replaces:
+
+\b
+  steerlens run --method seka --vectors seka-tiny.safetensors \\
+      --set min_shift=0.04 --compare --prompt "{documents} {query}" \\
+      --documents documents-tiny.jsonl \\
+      --emphasize "The color of the valley workshop is orange." \\
+      --query "Question: What is the color of the valley workshop? Answer:"
+
+\b
+  steerlens run --method selective_context --set keep=2 --compare \\
+      --documents documents-tiny.jsonl --prompt "{documents} {query}" \\
+      --query "Question: What is the color of the valley workshop? Answer:"
+
+\b
+  steerlens run --method focusicl --demos demos-tiny.jsonl --compare \\
+      --prompt "{demos} Question: What does tractor belong to? Answer:"
+
+\b
+  steerlens run --method headmask --heads "1:1-7" --compare \\
+      --prompt "The code is 5020. Question: What is the code? Answer:"
+
+\b
+  steerlens run --recipe pasta-tiny --prompt-file prompts.jsonl \\
+      --output answers.jsonl
+"""
+
 
 def run(
     method: options.Methods = None,
@@ -78,7 +107,7 @@ def run(
 ) -> int | None:
     """Generate text with a model whose attention is steered.
 
-    For example: steerlens run --recipe pasta-tiny --prompt "…" --emphasize "…" --compare
+    Each method's example with its inputs: steerlens list methods NAME
     """
     from steerlens.cli.job import Job
     from steerlens.cli.session import Sampling

@@ -20,13 +20,18 @@ LISTED = ("documents", "demos")
 """Span groups whose texts are parts of a prompt in their order; a repeated text is each time another part."""
 PLACEHOLDERS = (*LISTED, "query")
 _BETWEEN = "\n\n"
-_GIVEN_BY = {
-    "emphasis": "--emphasize TEXT, or 'emphasize' in the row",
-    "documents": "--documents F.jsonl, or 'documents' in the row",
-    "demos": "--demos F.jsonl, or 'demos' in the row",
-    "query": "--query TEXT, or 'query' in the row",
+_OPTIONS = {
+    "emphasis": "--emphasize TEXT",
+    "documents": "--documents F.jsonl",
+    "demos": "--demos F.jsonl",
+    "query": "--query TEXT",
 }
-_ROW = re.compile(r"^(?:row \d+(?:, group '[^']*')?: )+")
+_ROW = re.compile(r"^row \d+(?:, |: )")
+
+
+def option(group: str) -> str:
+    """The option that gives the texts of a span group."""
+    return _OPTIONS.get(group, f"--span {group}=TEXT")
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,11 @@ class Session:
             for group in method.needs:
                 if not all(row.emphasize if group == "emphasis" else row.groups.get(group) for row in rows):
                     what = "something to emphasise" if group == "emphasis" else f"the span group {group!r}"
-                    given = f"--span {group}=TEXT, or 'groups': {{{group!r}: […]}} in the row"
-                    raise SpanError(f"{method.name} needs {what}: give {_GIVEN_BY.get(group, given)}")
+                    key = "emphasize" if group == "emphasis" else group
+                    held = repr(key) if group in _OPTIONS else f"'groups': {{{group!r}: […]}}"
+                    others = sorted({repr(name) for row in rows for name in row.groups if name != group})
+                    given = f"; given: {', '.join(others)}" if others else ""
+                    raise SpanError(f"{method.name} needs {what}: give {option(group)}, or {held} in the row{given}")
         names = sorted({name for row in rows for name in row.groups})
         emphasize = [list(row.emphasize) for row in rows] if any(row.emphasize for row in rows) else None
         try:

@@ -17,19 +17,69 @@ from steerlens.methods.base import DecodingMethod, EditMethod, Method, PerRow, P
 
 if TYPE_CHECKING:
     from steerlens.methods.act import ACT
+    from steerlens.methods.adaseka import AdaSEKA
+    from steerlens.methods.anchor_reweighting import AnchorReweighting
+    from steerlens.methods.attention_buckets import AttentionBuckets
+    from steerlens.methods.attention_influence import AttentionInfluence
+    from steerlens.methods.attention_sorting import AttentionSorting
+    from steerlens.methods.context_awareness import ContextAwareness
+    from steerlens.methods.decore import DeCoRe
+    from steerlens.methods.focus_directions import FocusDirections
+    from steerlens.methods.focusicl import FocusICL
+    from steerlens.methods.found_in_the_middle import FoundInTheMiddle
+    from steerlens.methods.guide import GUIDE
     from steerlens.methods.headmask import HeadMask
+    from steerlens.methods.instaboost import InstABoost
+    from steerlens.methods.iti import ITI
+    from steerlens.methods.knockout import Knockout
+    from steerlens.methods.lookback_lens import LookbackLens
+    from steerlens.methods.massive_activations import MassiveActivations
+    from steerlens.methods.nl_iti import NLITI
+    from steerlens.methods.pai import PAI
     from steerlens.methods.pasta import PASTA
+    from steerlens.methods.plausibility_gate import PlausibilityGate
+    from steerlens.methods.positional_scaling import PositionalScaling
+    from steerlens.methods.seka import SEKA
+    from steerlens.methods.selective_context import SelectiveContext
+    from steerlens.methods.spa import SPA
+    from steerlens.methods.spotlight import SpotLight
+    from steerlens.methods.var import VAR
     from steerlens.methods.zerotuning import ZeroTuning
 
 __all__ = [
     "ACT",
+    "GUIDE",
+    "ITI",
+    "NLITI",
+    "PAI",
     "PASTA",
+    "SEKA",
+    "SPA",
+    "VAR",
+    "AdaSEKA",
+    "AnchorReweighting",
+    "AttentionBuckets",
+    "AttentionInfluence",
+    "AttentionSorting",
+    "ContextAwareness",
+    "DeCoRe",
     "DecodingMethod",
     "EditMethod",
+    "FocusDirections",
+    "FocusICL",
+    "FoundInTheMiddle",
     "HeadMask",
+    "InstABoost",
+    "Knockout",
+    "LookbackLens",
+    "MassiveActivations",
     "Method",
     "PerRow",
+    "PlausibilityGate",
+    "PositionalScaling",
     "PromptMethod",
+    "SelectiveContext",
+    "SpotLight",
     "ZeroTuning",
     "from_dict",
     "get",

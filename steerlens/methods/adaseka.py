@@ -43,6 +43,7 @@ class AdaSEKA(EditMethod):
     source: ClassVar[str] = "Li et al. 2026, SEKA, arXiv 2603.01281"
     summary: ClassVar[str] = "SEKA with a mix of projections that the last prompt token chooses"
     needs: ClassVar[tuple[str, ...]] = (GROUP,)
+    fit: ClassVar[str] = "steerlens.fitting.adaseka(model, tokenizer, {expert: examples}).save(FILE)"
     cache_exact: ClassVar[bool] = True
     search: ClassVar[Mapping[str, Search]] = {
         "gain": Search((0.2, 0.4, 0.8, 1.0, 1.5, 2.0), neutral=0.0, log=False),
@@ -64,7 +65,7 @@ class AdaSEKA(EditMethod):
             )
         from steerlens import vectors
 
-        file = vectors.load(self.vectors)
+        file = self.load_vectors("experts")
         plan: dict[int, tuple[RouteKeys, ...]] = {}
         for layer in file.layers("experts")[-self.layers :]:
             file.expect(layer, facts)

@@ -70,6 +70,7 @@ class AnchorReweighting(EditMethod):
     source: ClassVar[str] = "Wang et al. 2023, Label Words are Anchors, arXiv 2305.14160, §4.1"
     summary: ClassVar[str] = "fitted factors on the attention to label words of demonstrations"
     needs: ClassVar[tuple[str, ...]] = (GROUP,)
+    fit: ClassVar[str] = "steerlens.fitting.anchor_reweighting(model, tokenizer, examples).save(FILE)"
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
@@ -81,14 +82,11 @@ class AnchorReweighting(EditMethod):
         self._parse_heads()
 
     def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
-        from steerlens import vectors
-
-        file = vectors.load(self.vectors)
+        file = self.load_vectors(KIND)
         layers, chosen = file.layers(KIND), self.heads.resolve(facts)  # type: ignore[union-attr]
-        if not layers or max(layers) >= facts.layers:
-            held = f"{KIND!r} of layers {layers}" if layers else f"no {KIND!r}"
+        if max(layers) >= facts.layers:
             raise MethodError(
-                f"{self.name}: {file.name} holds {held}; needed are tensors '{KIND}.<layer>' of layers "
+                f"{self.name}: {file.name} holds {KIND!r} of layers {layers}; needed are '{KIND}.<layer>' of layers "
                 f"0..{facts.layers - 1} of {facts.name}"
             )
         rows = require(self.name, spans, GROUP).groups[GROUP]

@@ -16,6 +16,7 @@ from steerlens.heads import Heads
 if TYPE_CHECKING:
     from steerlens.facts import ModelFacts
     from steerlens.spans import Spans
+    from steerlens.vectors import VectorFile
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Method:
         source: paper and section.
         summary: one line for `steerlens list methods`.
         needs: span groups without which it cannot act.
+        fit: the call that finds what it steers by, where there is one.
         causal: a later token never influences an earlier row.
         cache_exact: cached decoding equals recomputing the whole sequence.
         chunk_exact: prefill in chunks equals prefill at once.
@@ -54,6 +56,7 @@ class Method:
     source: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    fit: ClassVar[str] = ""
     causal: ClassVar[bool] = False
     cache_exact: ClassVar[bool] = False
     chunk_exact: ClassVar[bool] = False
@@ -80,7 +83,11 @@ class Method:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and k not in parameters
         ]
         if missing:
-            raise MethodError(f"{cls.name} needs {', '.join(missing)}")
+            how = f", from {cls.fit}" if cls.fit else ""
+            how += ", such as '3:17,7;8:*' or 'scores.json:top20'" if "heads" in missing else ""
+            raise MethodError(
+                f"{cls.name} needs {', '.join(missing)}{how}; `steerlens list methods {cls.name}` shows an example"
+            )
         return cls(**parameters)
 
     def _parse_heads(self) -> None:
@@ -105,7 +112,33 @@ class Method:
         if isinstance(value, os.PathLike):
             object.__setattr__(self, field, value := os.fspath(value))
         if not isinstance(value, str) or not value.endswith(".safetensors"):
-            raise MethodError(f"{self.name}: {field}={value!r} is no file; allowed: the path of a .safetensors file")
+            how = f", as {self.fit} writes it" if self.fit else ""
+            raise MethodError(
+                f"{self.name}: {field}={value!r} is no file; allowed: the path of a .safetensors file{how}"
+            )
+
+    def load_vectors(self, kind: str) -> VectorFile:
+        """The file that its parameter `vectors` names.
+
+        Args:
+            kind: of the tensors that it must hold.
+
+        Raises:
+            MethodError: naming the file and the fit, if it cannot be read, holds none, or is another method's.
+        """
+        from steerlens import vectors
+
+        how = f"; {self.fit} writes such a file" if self.fit else ""
+        try:
+            file = vectors.load(self.vectors)  # type: ignore[attr-defined]
+        except MethodError as error:
+            raise MethodError(f"{self.name}: {error}{how}") from error
+        made_for = file.metadata.get("method", self.name)
+        if made_for != self.name:
+            raise MethodError(f"{self.name}: vectors: {file.name} was fitted for {made_for}{how}")
+        if not file.layers(kind):
+            raise MethodError(f"{self.name}: vectors: {file.name} has no {kind!r} vectors; it holds {file.kinds}{how}")
+        return file
 
     def _choice(self, field: str, allowed: Sequence[str]) -> None:
         value = getattr(self, field)

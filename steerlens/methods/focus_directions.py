@@ -37,6 +37,7 @@ class FocusDirections(EditMethod):
     name: ClassVar[str] = "focus_directions"
     source: ClassVar[str] = "Zhu et al. 2025, Focus Directions, arXiv 2503.23306"
     summary: ClassVar[str] = "shift the queries of contextual heads along fitted directions"
+    fit: ClassVar[str] = "steerlens.fitting.focus_directions(model, tokenizer, examples).save(FILE)"
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
@@ -54,9 +55,7 @@ class FocusDirections(EditMethod):
     def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         if self.alpha == 0 or (isinstance(self.heads, Heads) and self.heads.empty):
             return {}
-        from steerlens import vectors
-
-        file = vectors.load(self.vectors)
+        file = self.load_vectors("query")
         chosen = file.choose(self.heads, self.top, facts)  # type: ignore[arg-type]
         return {
             layer: (ShiftQuery(tuple(heads), file.vectors("query", layer, facts), self.alpha),)

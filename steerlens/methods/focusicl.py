@@ -68,6 +68,7 @@ class FocusICL(PromptedMethod):
     source: ClassVar[str] = "Yuan et al. 2024, Focused ICL, arXiv 2408.13987, §3"
     summary: ClassVar[str] = "demonstrations in batches that do not see each other, trivial tokens ignored"
     needs: ClassVar[tuple[str, ...]] = (GROUP,)
+    fit: ClassVar[str] = "steerlens.fitting.focusicl(model, tokenizer, examples)"
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
 

@@ -51,9 +51,7 @@ class HeadShift(EditMethod):
     def plan(self, facts: ModelFacts, spans: Spans | None) -> Plan:
         if self.alpha == 0 or (isinstance(self.heads, Heads) and self.heads.empty):
             return {}
-        from steerlens import vectors
-
-        file = vectors.load(self.vectors)
+        file = self.load_vectors(self.along)
         correction = 1.0
         if self.ddof:
             texts = file.metadata.get("texts", "")
@@ -96,6 +94,7 @@ class ITI(HeadShift):
     name: ClassVar[str] = "iti"
     source: ClassVar[str] = "Li et al. 2023, Inference-Time Intervention, arXiv 2306.03341, §3"
     summary: ClassVar[str] = "shift the outputs of heads that tell true from false along that direction"
+    fit: ClassVar[str] = "steerlens.fitting.iti(model, tokenizer, examples).save(FILE)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

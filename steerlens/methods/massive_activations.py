@@ -47,6 +47,7 @@ class MassiveActivations(EditMethod):
     name: ClassVar[str] = "massive_activations"
     source: ClassVar[str] = "Sun et al. 2024, Massive Activations in Large Language Models, arXiv 2402.17762, §3"
     summary: ClassVar[str] = "set massive activations of the hidden state to their mean or to zero"
+    fit: ClassVar[str] = "steerlens.fitting.massive_activations(model, texts)"
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True

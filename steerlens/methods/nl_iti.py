@@ -27,3 +27,4 @@ class NLITI(HeadShift):
     name: ClassVar[str] = "nl_iti"
     source: ClassVar[str] = "Hoscilowicz et al. 2024, NL-ITI, arXiv 2403.18680"
     summary: ClassVar[str] = "ITI with heads ranked by a perceptron, on means over answer tokens"
+    fit: ClassVar[str] = "steerlens.fitting.nl_iti(model, tokenizer, examples).save(FILE)"

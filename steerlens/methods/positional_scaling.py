@@ -42,6 +42,7 @@ class PositionalScaling(EditMethod):
     name: ClassVar[str] = "positional_scaling"
     source: ClassVar[str] = "Yu et al. 2024, Mitigate Position Bias via Scaling a Single Dimension, arXiv 2406.02536"
     summary: ClassVar[str] = "scale the channel that carries positions, for the rows that answer"
+    fit: ClassVar[str] = "steerlens.fitting.positional_channels(model)"
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     search: ClassVar[Mapping[str, Search]] = {"factor": Search((-1.0, -0.5, 0.0, 0.5), log=False)}

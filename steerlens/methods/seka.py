@@ -48,6 +48,7 @@ class SEKA(EditMethod):
     source: ClassVar[str] = "Li et al. 2026, SEKA, arXiv 2603.01281"
     summary: ClassVar[str] = "emphasise spans: project their keys towards what relevance adds to keys"
     needs: ClassVar[tuple[str, ...]] = (GROUP,)
+    fit: ClassVar[str] = "steerlens.fitting.seka(model, tokenizer, examples).save(FILE)"
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
@@ -75,7 +76,7 @@ class SEKA(EditMethod):
             )
         from steerlens import vectors
 
-        file = vectors.load(self.vectors)
+        file = self.load_vectors("positive")
         kind = "shift" if self.distance == "mean" else "shift_frobenius"
         plan: dict[int, tuple[ProjectKeys, ...]] = {}
         for layer in file.layers("positive")[-self.layers :]:

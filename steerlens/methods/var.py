@@ -87,6 +87,7 @@ class VAR(EditMethod):
     source: ClassVar[str] = "Kang et al. 2025, See What You Are Told: Visual Attention Sink, arXiv 2503.03321, §5"
     summary: ClassVar[str] = "move attention from sinks to the tokens of an image that are none"
     needs: ClassVar[tuple[str, ...]] = ("image",)
+    fit: ClassVar[str] = 'steerlens.capture(model, stats="massive")'
     causal: ClassVar[bool] = True
     cache_exact: ClassVar[bool] = True
     chunk_exact: ClassVar[bool] = True
