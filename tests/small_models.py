@@ -75,7 +75,7 @@ FAMILIES = {
     "olmo2": ("olmo2", {"num_key_value_heads": 4}),
     "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 256}),
-    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
     "gpt_oss": (
         "gpt_oss",
         {
