@@ -124,6 +124,16 @@ FAMILIES = {
     ),
 }
 
+WINDOWED = {
+    **{family: {"num_hidden_layers": 1} for family in ("mistral", "mixtral", "phi3")},
+    **{
+        family: {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+        for family in ("gemma2", "gemma3", "gpt_oss", "cohere2")
+    },
+    "llama4": {"num_hidden_layers": 1, "no_rope_layers": [1]},
+}
+"""What makes a model of one layer whose rows see 12 keys at most."""
+
 NO_SDPA = ("gemma2", "gpt_oss")
 """transformers has no sdpa for soft-capped logits and learned sinks."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
-from small_models import FAMILIES, NO_SDPA, build
+from small_models import FAMILIES, NO_SDPA, WINDOWED, build
 from transformers import DynamicCache, StaticCache
 
 import steerlens
@@ -195,10 +195,6 @@ def test_causal_methods_look_at_nothing_later(family, name, model_of, prompts):
     assert not ACT.causal
 
 
-WINDOWED = {
-    **{family: {} for family in ("mistral", "mixtral", "phi3")},
-    **{family: {"layer_types": ["sliding_attention"]} for family in ("gemma2", "gemma3", "gpt_oss", "cohere2")},
-}
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
 
 
@@ -223,11 +219,10 @@ def test_two_heads_of_one_kv_group(family, backend, model_of, prompts):
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("family", [*WINDOWED, "llama4"])
+@pytest.mark.parametrize("family", WINDOWED)
 def test_a_key_outside_the_window_is_a_no_op(family, backend, prompts):
     """Window 12 of 30 tokens: late rows of a one-layer model no longer see token 0, and nothing is NaN."""
-    layer = WINDOWED.get(family, {"no_rope_layers": [1]})
-    model = build(family, native_of(family), num_hidden_layers=1, **layer)
+    model = build(family, native_of(family), **WINDOWED[family])
     ids, mask = prompts(None, lengths=(30, 30))
     base, steered = (logits(model, ids, mask, m, backend=backend) for m in ((), ZeroTuning(9.0)))
     assert apart(steered[:, 12:], base[:, 12:]) < 1e-6

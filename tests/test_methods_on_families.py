@@ -3,16 +3,17 @@
 What each method does is in its own test; this is that none of them is wrong or silent on a family.
 """
 
+import dataclasses
 import functools
 
 import pytest
 import torch
-from small_models import FAMILIES, NO_SDPA
+from small_models import FAMILIES, NO_SDPA, WINDOWED, build
 from vector_files import apart, detector_of, experts_of, factors_of, file_of, projections_of
 
 import steerlens
 from steerlens.errors import UnsupportedError
-from steerlens.methods import PromptMethod, from_dict, names
+from steerlens.methods import PromptMethod, from_dict, get, names
 
 LENGTHS, PADS = (20, 15), 5
 HEADS = "*:0,3,6"
@@ -105,16 +106,16 @@ def method_of(tmp_path_factory):
     return get
 
 
-def generate(model, methods, spans, ids, mask):
+def generate(model, methods, spans, ids, mask, **options):
     """Tokens [B, 3] and logits [B, 3, V] of greedy generation; no logits of a method that gives none."""
     with steerlens.steer(model, methods, spans):
         found = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=3,
             do_sample=False,
             output_logits=getattr(methods, "candidates", 1) == 1,
             return_dict_in_generate=True,
+            **{"max_new_tokens": 3} | options,
         )
     logits = found.get("logits")
     return found.sequences[:, ids.shape[1] :], None if logits is None else torch.stack(logits, 1)
@@ -173,3 +174,47 @@ def test_neutral_is_native_bit_for_bit(family, name, model_of, method_of, unstee
     parameters, spans = ({}, neutral) if neutral is ONE else (neutral, SPANS)
     _, found = generate(model, method_of(name, model, family, **parameters), spans, ids, mask)
     assert torch.equal(found, logits)
+
+
+WITH_HEADS = [name for name in names() if "heads" in {field.name for field in dataclasses.fields(get(name))}]
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_a_head_and_not_the_others_of_its_group(name, model, method_of, prompts):
+    """Heads 0 to 3 of a layer share keys and values: what is steered in head 1, or in 1 and 2, is theirs alone."""
+    ids, outputs = prompts(None)[0][:2], []
+    for heads in ({}, {1: [1]}, {1: [1, 2]}):
+        rows = []
+        hook = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args, rows=rows: rows.append(args[0][:, -1].unflatten(-1, (8, -1)))
+        )
+        try:
+            generate(model, method_of(name, model, "llama-gqa", heads=heads), SPANS, ids, None, max_new_tokens=1)
+        finally:
+            hook.remove()
+        outputs.append(rows[-1][1::2] if len(rows[-1]) > 2 else rows[-1])  # of two branches the second
+    none, *found = outputs
+    for heads, steered in zip(([1], [1, 2]), found, strict=True):
+        others = [head for head in range(8) if head not in heads]
+        assert apart(steered[:, others], none[:, others]) < 1e-5
+        assert all(apart(steered[:, head], none[:, head]) > 1e-3 for head in heads)
+
+
+BEHIND = {group: [[(2, 4), (5, 8)], [(1, 4), (6, 10)]] for group in SPANS}
+"""Spans that the last of 30 rows do not see through a window of 12."""
+WITH_SPANS = [name for name in names() if get(name).needs and name != "lookback_lens"]  # which samples
+WITH_SPANS += ["knockout", "plausibility_gate"]
+REST = ("context_awareness", "pasta", "plausibility_gate")
+"""Methods that scale what is in no span: beside a learned sink, which is no key of the prompt, that is something."""
+one_layer = functools.cache(lambda family: build(family, native(family), **WINDOWED[family]))
+
+
+@pytest.mark.parametrize("name", WITH_SPANS)
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss", "llama4"])
+def test_spans_outside_the_window_do_nothing(family, name, method_of, prompts):
+    model, (ids, mask) = one_layer(family), prompts(None, lengths=(30, 30))
+    method = method_of(name, model, f"one layer of {family}")
+    _, logits = generate(model, [], None, ids, mask, max_new_tokens=2)
+    _, found = generate(model, method, BEHIND, ids, mask, max_new_tokens=2)
+    assert found.isfinite().all()
+    assert apart(found[:, 0], logits[:, 0]) < 1e-5 or (family == "gpt_oss" and name in REST)
