@@ -622,6 +622,29 @@ def test_uneven_heads_of_several_groups(heads, more):
     assert apart(*found) < 1e-5
 
 
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("masked", ["plain", "padded", "per head", "sinks"])
+def test_many_biases_are_added_a_few_heads_at_a_time(kv_heads, masked, monkeypatch):
+    """Their channels would make the copies of queries, keys and values several times as wide."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 40, 8) for h in (8, kv_heads, kv_heads))
+    call = Call(3 * q, k, v, None, 8**-0.5, None, 0, None, True)
+    if masked == "padded":
+        call.real = torch.arange(40) >= torch.tensor([[0], [5]])
+    if masked == "per head":
+        near = torch.arange(40)[:, None] - torch.arange(40)
+        call.mask, call.plain = torch.stack([(near >= 0) & (near < 9 + h) for h in range(8)])[None], False
+    if masked == "sinks":
+        call.sinks = torch.randn(8)
+    call.edits = [Bias(torch.randn(2, 8, 40), torch.rand(2, 40) < 0.3) for _ in range(20)]
+    taken, portions = [], sdpa._run_in_portions
+    monkeypatch.setattr(sdpa, "_run_in_portions", lambda *args: (taken.append(args[4]), portions(*args))[1])
+    found, expected = (backends.attention(name, call) for name in ("sdpa", "reference"))
+    seen = slice(None) if masked != "padded" else slice(5, None)
+    assert taken and taken[0] < 8
+    assert apart(found[:, :, seen], expected[:, :, seen]) < 1e-5
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_frozen_sinks_that_a_crop_took_are_no_keys(backend, model_of, prompts):
     """Where prompt_lengths fix the prompt, a cache cropped into it holds only some of its sinks."""
