@@ -210,7 +210,7 @@ def _run_in_portions(
         part = Inputs(query[:, some], key[:, kv], value[:, kv], heads=heads)
         own = [Term(t.weights[:, some], t.keys if t.keys.shape[1] == 1 else t.keys[:, kv]) for t in terms]
         output[:, some], found = _run(call, part, own, want_lse, divide=False)
-        if lse is not None:
+        if lse is not None and found is not None:
             lse[:, some] = found
     return output, lse
 
