@@ -158,14 +158,19 @@ def _stops(method: LookbackLens, engine: Engine, spans: Spans | None, ids: torch
     return stops
 
 
-def _cache(given: Mapping[str, Any]) -> Cache:
+def _cache(given: Mapping[str, Any], facts: ModelFacts) -> Cache:
     cache, known = caches.find(given), (DynamicLayer, DynamicSlidingWindowLayer)
     if cache is not None and cache.get_seq_length():
         raise UnsupportedError("lookback_lens reads the whole prompt: generate without a cache of earlier turns")
-    if not isinstance(cache, DynamicCache) or cache.offloading or any(type(x) not in known for x in cache.layers):
+    if not isinstance(cache, DynamicCache) or cache.offloading:
         raise UnsupportedError(
-            f"lookback_lens repeats and selects the rows of its cache, which {type(cache).__name__} (or some of its "
-            "layers) cannot do: generate with use_cache=True and a dynamic cache"
+            f"lookback_lens repeats and selects the rows of its cache, which {type(cache).__name__} cannot do: "
+            "generate with use_cache=True and a dynamic cache that is not offloaded"
+        )
+    if others := {n: type(x).__name__ for n, x in enumerate(cache.layers) if type(x) not in known}:
+        raise UnsupportedError(
+            f"lookback_lens repeats and selects the rows of its cache, and the states of layers {list(others)} of "
+            f"{facts.name} ({', '.join(sorted(set(others.values())))}) cannot be: use a model of attention layers alone"
         )
     return cache
 
@@ -188,7 +193,7 @@ def _loop(
 ) -> Any:
     """What stands in for transformers' sampling loop."""
     reader.stops = _stops(method, engine, spans, input_ids)
-    rows, cache, device = _Rows(model, input_ids, model_kwargs), _cache(model_kwargs), input_ids.device
+    rows, cache, device = _Rows(model, input_ids, model_kwargs), _cache(model_kwargs, engine.facts), input_ids.device
     B, k = len(input_ids), method.candidates
     pad = generation_config.pad_token_id
     pad = next((i for i in (pad, generation_config.eos_token_id) if isinstance(i, int)), 0)

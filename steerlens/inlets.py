@@ -34,6 +34,7 @@ INLETS: dict[str, tuple[str, Layout]] = {
             "starcoder2",
             "llama4_text",
             "opt",
+            "cohere2",
         ),
         ("k_proj", "flat"),
     ),

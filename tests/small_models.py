@@ -75,7 +75,7 @@ FAMILIES = {
     "olmo2": ("olmo2", {"num_key_value_heads": 4}),
     "granite": ("granite", {"num_key_value_heads": 2, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 256}),
-    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
     "gpt_oss": (
         "gpt_oss",
         {
@@ -123,6 +123,16 @@ FAMILIES = {
         },
     ),
 }
+
+WINDOWED = {
+    **{family: {"num_hidden_layers": 1} for family in ("mistral", "mixtral", "phi3")},
+    **{
+        family: {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+        for family in ("gemma2", "gemma3", "gpt_oss", "cohere2")
+    },
+    "llama4": {"num_hidden_layers": 1, "no_rope_layers": [1]},
+}
+"""What makes a model of one layer whose rows see 12 keys at most."""
 
 NO_SDPA = ("gemma2", "gpt_oss")
 """transformers has no sdpa for soft-capped logits and learned sinks."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
-from small_models import FAMILIES, NO_SDPA, build
+from small_models import FAMILIES, NO_SDPA, WINDOWED, build
 from transformers import DynamicCache, StaticCache
 
 import steerlens
@@ -195,10 +195,6 @@ def test_causal_methods_look_at_nothing_later(family, name, model_of, prompts):
     assert not ACT.causal
 
 
-WINDOWED = {
-    **{family: {} for family in ("mistral", "mixtral", "phi3")},
-    **{family: {"layer_types": ["sliding_attention"]} for family in ("gemma2", "gemma3", "gpt_oss", "cohere2")},
-}
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
 
 
@@ -223,11 +219,10 @@ def test_two_heads_of_one_kv_group(family, backend, model_of, prompts):
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("family", [*WINDOWED, "llama4"])
+@pytest.mark.parametrize("family", WINDOWED)
 def test_a_key_outside_the_window_is_a_no_op(family, backend, prompts):
     """Window 12 of 30 tokens: late rows of a one-layer model no longer see token 0, and nothing is NaN."""
-    layer = WINDOWED.get(family, {"no_rope_layers": [1]})
-    model = build(family, native_of(family), num_hidden_layers=1, **layer)
+    model = build(family, native_of(family), **WINDOWED[family])
     ids, mask = prompts(None, lengths=(30, 30))
     base, steered = (logits(model, ids, mask, m, backend=backend) for m in ((), ZeroTuning(9.0)))
     assert apart(steered[:, 12:], base[:, 12:]) < 1e-6
@@ -625,6 +620,29 @@ def test_uneven_heads_of_several_groups(heads, more):
         call.edits = lower([Placed(e, None, i, None) for i, e in enumerate(plans)], now, 0, 8)
         found.append(backends.attention(backend, call))
     assert apart(*found) < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("masked", ["plain", "padded", "per head", "sinks"])
+def test_many_biases_are_added_a_few_heads_at_a_time(kv_heads, masked, monkeypatch):
+    """Their channels would make the copies of queries, keys and values several times as wide."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 40, 8) for h in (8, kv_heads, kv_heads))
+    call = Call(3 * q, k, v, None, 8**-0.5, None, 0, None, True)
+    if masked == "padded":
+        call.real = torch.arange(40) >= torch.tensor([[0], [5]])
+    if masked == "per head":
+        near = torch.arange(40)[:, None] - torch.arange(40)
+        call.mask, call.plain = torch.stack([(near >= 0) & (near < 9 + h) for h in range(8)])[None], False
+    if masked == "sinks":
+        call.sinks = torch.randn(8)
+    call.edits = [Bias(torch.randn(2, 8, 40), torch.rand(2, 40) < 0.3) for _ in range(20)]
+    taken, portions = [], sdpa._run_in_portions
+    monkeypatch.setattr(sdpa, "_run_in_portions", lambda *args: (taken.append(args[4]), portions(*args))[1])
+    found, expected = (backends.attention(name, call) for name in ("sdpa", "reference"))
+    seen = slice(None) if masked != "padded" else slice(5, None)
+    assert taken and taken[0] < 8
+    assert apart(found[:, :, seen], expected[:, :, seen]) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])

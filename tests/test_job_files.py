@@ -153,12 +153,27 @@ def test_tiny_has_every_task_of_the_world_and_both_jobs_every_method():
     assert swept == {"pasta.alpha", "act.beta", "zerotuning.gamma"}
 
 
+@pytest.mark.parametrize("method", ["decore", "headmask"])
 @pytest.mark.parametrize("count", [10, 50])
-def test_whole_prompt_masks_have_the_recipes_heads(count):
+def test_whole_prompt_masks_have_the_recipes_heads(count, method):
     job = Job.from_file(JOBS / "decore-llama-3-8b.yaml")
-    (whole,) = next(s.methods for s in job.steerings if s.label == f"headmask {count} heads, whole prompt")
-    (decode,) = load_recipe(f"headmask-llama-3-8b-instruct-{count}heads").methods
+    (whole,) = next(s.methods for s in job.steerings if s.label == f"{method} {count} heads, whole prompt")
+    (decode,) = load_recipe(f"{method}-llama-3-8b-instruct-{count}heads").methods
     assert whole.to_dict() == decode.to_dict() | {"phase": "all"}
+
+
+def test_decore_stands_beside_its_masked_branch():
+    """The same heads, tasks and published baselines for both, and figures of both for each of them."""
+    job = Job.from_file(JOBS / "decore-llama-3-8b.yaml")
+    contrast, masked = (
+        {
+            (figure.steering.removeprefix(method), figure.task, figure.metric, figure.baseline)
+            for figure in job.published
+            if figure.steering.startswith(method)
+        }
+        for method in ("decore", "headmask")
+    )
+    assert contrast == masked and len(contrast) == 2 * len(job.loaded)
 
 
 @pytest.mark.parametrize("path", sorted((JOBS / "tasks").glob("*.yaml")), ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from vector_files import detector_of
 
 import steerlens
 from steerlens import caches, choosing, decoder
@@ -131,14 +132,7 @@ def file_of(tmp_path):
     """`file_of(model, seed, scale)`: a detector with random weights."""
 
     def make(model, seed=0, scale=40.0):
-        facts = decoder.read(decoder.find(model))[0]
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            f"weight.{n}": scale * torch.randn(facts.heads[n], generator=generator) for n in facts.attention_layers
-        }
-        path = tmp_path / f"detector-{seed}-{scale}.safetensors"
-        VectorFile("made up", {**tensors, "bias": torch.tensor([0.1])}, {}).save(path)
-        return str(path)
+        return detector_of(model, tmp_path / f"detector-{seed}-{scale}.safetensors", seed, scale)
 
     return make
 

@@ -12,13 +12,17 @@ from steerlens.kernels import attention, column_sums, key_index, prefix_mean
 
 import steerlens
 from steerlens.bench import memory
-from steerlens.methods import ACT, PASTA, HeadMask, SpotLight, ZeroTuning
+from steerlens.methods import ACT, PASTA, DecodingMethod, HeadMask, SpotLight, ZeroTuning
+from steerlens.methods.focusicl import FocusICL
+from steerlens.methods.selective_context import SelectiveContext
 
 ROOT = Path(__file__).parents[1]
 STATIC, PUBLISHED = ZeroTuning(2.0), PASTA(0.1, sections="published")
 SINKS = ACT(0.4, 3, "relative")
 SPOTLIGHT = SpotLight(0.6)
 MASKED = [HeadMask({0: [1]}), ZeroTuning(0.5)]
+BLOCKS = [[(400 + 100 * k, 500 + 100 * k) for k in range(16)]] * 2
+SPANS = {"emphasis": [[(9, 40), (90, 99)], [(400, 420)]], "documents": BLOCKS, "demos": BLOCKS}
 
 
 def peak(run) -> int:
@@ -49,10 +53,14 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
 
     def run():
         with torch.no_grad():
-            model(ids, attention_mask=mask, logits_to_keep=1)
+            if isinstance(method, DecodingMethod):
+                model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
+            else:
+                model(ids, attention_mask=mask, logits_to_keep=1)
 
     before = peak(run)
-    with steerlens.steer(model, method, [[(9, 40), (90, 99)], [(400, 420)]][-batch:], backend=backend) as steered:
+    spans = {group: rows[-batch:] for group, rows in SPANS.items()}
+    with steerlens.steer(model, method, spans, backend=backend) as steered:
         found = peak(run) - before
         assert all(layer["calls"] for layer in steered.report().values())
     return found, 2 * batch * T * head_dim * 4 * (heads + 2 * kv_heads)
@@ -74,10 +82,17 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
         ("llama-gqa", 2, [SPOTLIGHT, ZeroTuning(2.0)]),
         ("mistral", 2, SPOTLIGHT),
         ("gemma2", 4, SPOTLIGHT),
+        ("llama-gqa", 2, SelectiveContext()),
+        ("llama-gqa", 8, SelectiveContext(None)),
+        ("mistral", 2, SelectiveContext(pool="none")),
+        ("llama-gqa", 1, FocusICL(0.1, 1)),
+        ("llama-gqa", 2, FocusICL(0.1, 1)),
+        ("llama-gqa", 2, FocusICL(0.1, 1, "all")),
     ],
     ids=[
         *("zerotuning", "pasta", "act", "headmask", "window", "window-act", "softcap", "softcap-act"),
         *("spotlight", "spotlight-first", "window-spotlight", "softcap-spotlight"),
+        *("documents", "documents-parallel", "window-documents", "batches-mqa", "batches", "batches-all"),
     ],
 )
 def test_extra_memory(family, kv_heads, method, padded):

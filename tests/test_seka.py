@@ -7,17 +7,16 @@ import torch
 from small_models import FAMILIES, NO_SDPA
 from steerlens.evals.examples import generate as examples_of
 from typer.testing import CliRunner
-from vector_files import apart, generate
+from vector_files import Keys, apart, experts_of, generate, projections_of
 
 import steerlens
-from steerlens import decoder, fitting, inlets, models
+from steerlens import fitting, inlets, models
 from steerlens.cli import app
 from steerlens.errors import MethodError, SpanError, UnsupportedError
 from steerlens.examples import Example, ExampleError
 from steerlens.facts import ModelFacts
 from steerlens.fitting import keys as fit
 from steerlens.methods import ACT, PerRow, ZeroTuning, from_dict, get
-from steerlens.observing import Observer
 from steerlens.spans import Spans
 from steerlens.vectors import VectorFile
 
@@ -29,35 +28,6 @@ KNOWN = [family for family, (kind, _) in FAMILIES.items() if kind in inlets.INLE
 
 def native(family):
     return "eager" if family in NO_SDPA else "sdpa"
-
-
-class Keys(Observer):
-    """Keys of every layer as attention sees them."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.found = {}
-
-    def observe(self, layer, call, now):
-        self.found[layer] = call.key.clone()
-
-
-def file_of(model, path, matrix=None, shift=1.0):
-    """Random projections for every layer, or the same matrix for all."""
-    facts, _ = decoder.read(decoder.find(model))
-    with torch.no_grad(), Keys(model) as keys:
-        model(torch.arange(5, 9)[None])
-    generator, tensors = torch.Generator().manual_seed(3), {}
-    for layer, found in keys.found.items():
-        groups, width = found.shape[1], found.shape[-1]
-        for kind in ("positive", "negative"):
-            basis = torch.linalg.qr(torch.randn(groups, width, width, generator=generator))[0][..., : width // 2]
-            own = basis @ basis.transpose(-1, -2)
-            tensors[f"{kind}.{layer}"] = own if matrix is None else matrix(width).expand(groups, -1, -1)
-        tensors[f"shift.{layer}"] = torch.full((groups,), shift)
-        tensors[f"shift_frobenius.{layer}"] = torch.full((groups,), shift / 10)
-    assert sorted(keys.found) == list(facts.attention_layers)
-    return str(VectorFile("test", tensors, {}).save(path))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +52,7 @@ def test_oracle(positive, negative, key, logit, tmp_path):
 def test_keys_of_the_span_alone_are_edited_before_the_position_encoding(family, model_of, prompts, tmp_path):
     """A multiple of the identity goes through every rotation: in the first layer the keys are that multiple."""
     model, (ids, mask) = model_of(family, native(family)), prompts("left", lengths=(14, 9))
-    path = file_of(model, tmp_path / "v.safetensors", torch.eye)
+    path = projections_of(model, tmp_path / "v.safetensors", torch.eye)
     with Keys(model) as plain:
         model(ids, attention_mask=mask)
     with steerlens.steer(model, SEKA(path, 0.5, None), SPANS), Keys(model) as steered:
@@ -101,7 +71,7 @@ def test_keys_of_the_span_alone_are_edited_before_the_position_encoding(family, 
 def test_on_every_family(family, model_of, prompts, tmp_path):
     """Backends agree, cached decode is recomputation, chunked prefill one shot, a padded row the row alone."""
     model, (ids, mask) = model_of(family, native(family)), prompts("left", lengths=(14, 9))
-    path = file_of(model, tmp_path / "v.safetensors")
+    path = projections_of(model, tmp_path / "v.safetensors")
     plain = generate(model, [], SPANS, ids, mask)
     for method in (SEKA(path, 1.5, 0.5), [SEKA(path, -1.0, None, layers=2), ZeroTuning(2.0)]):
         got = generate(model, method, SPANS, ids, mask)
@@ -115,7 +85,7 @@ def test_on_every_family(family, model_of, prompts, tmp_path):
 
 @torch.no_grad()
 def test_a_key_head_moves_with_all_its_query_heads_and_no_other(model, row, tmp_path):
-    path = file_of(model, tmp_path / "v.safetensors")
+    path = projections_of(model, tmp_path / "v.safetensors")
     held = VectorFile("x", dict(steerlens.vectors.load(path).tensors), {})
     held.tensors["shift.0"][1] = 0.1
     path = str(held.save(tmp_path / "w.safetensors"))
@@ -130,7 +100,7 @@ def test_a_key_head_moves_with_all_its_query_heads_and_no_other(model, row, tmp_
 
 @torch.no_grad()
 def test_neutral_is_native_bit_for_bit(model, row, tmp_path):
-    path = file_of(model, tmp_path / "v.safetensors", shift=0.15)
+    path = projections_of(model, tmp_path / "v.safetensors", shift=0.15)
     expected = model(row).logits
     methods = [SEKA(path, 0, None), SEKA(path, 0, 0), SEKA(path, 2.0), SEKA(path, min_shift=0.1, distance="frobenius")]
     with steerlens.steer(model, methods, [[(3, 7)]]) as steered:
@@ -139,7 +109,7 @@ def test_neutral_is_native_bit_for_bit(model, row, tmp_path):
 
 @torch.no_grad()
 def test_rows_beams_and_composition(model, prompts, tmp_path):
-    (ids, mask), path = prompts("left", lengths=(14, 9)), file_of(model, tmp_path / "v.safetensors")
+    (ids, mask), path = prompts("left", lengths=(14, 9)), projections_of(model, tmp_path / "v.safetensors")
     method = SEKA(path, 2.0)
     with steerlens.steer(model, PerRow([None, method]), SPANS):
         found = model(ids, attention_mask=mask).logits
@@ -154,24 +124,10 @@ def test_rows_beams_and_composition(model, prompts, tmp_path):
         assert set(steered.report()) == {0, 1, 2}
 
 
-def routed_file(model, path, experts=2):
-    """Random experts of three directions for every layer."""
-    with torch.no_grad(), Keys(model) as keys:
-        model(torch.arange(5, 9)[None])
-    generator, tensors = torch.Generator().manual_seed(5), {}
-    for layer, found in keys.found.items():
-        groups, width = found.shape[1], found.shape[-1]
-        basis = torch.linalg.qr(torch.randn(groups, experts, width, width, generator=generator))[0][:, :, :4]
-        own = basis * torch.tensor([3.0, 2, 1, 0])[:, None]
-        tensors[f"experts.{layer}"] = own
-        tensors[f"shift.{layer}"] = torch.ones(groups)
-    return str(VectorFile("test", tensors, {}).save(path))
-
-
 @pytest.mark.parametrize("family", KNOWN)
 def test_adaseka_on_every_family(family, model_of, prompts, tmp_path):
     model, (ids, mask) = model_of(family, native(family)), prompts("left", lengths=(14, 9))
-    method = AdaSEKA(routed_file(model, tmp_path / "v.safetensors"), 2.0)
+    method = AdaSEKA(experts_of(model, tmp_path / "v.safetensors"), 2.0)
     plain, got = (generate(model, one, SPANS, ids, mask) for one in ([], method))
     assert apart(got.logits, plain.logits) > 1e-3
     for other in ({"backend": "reference"}, {"use_cache": False}):
@@ -185,7 +141,7 @@ def test_adaseka_on_every_family(family, model_of, prompts, tmp_path):
 @torch.no_grad()
 def test_adaseka_by_definition(model, row, tmp_path):
     """P = Σ α_m U_m U_mᵀ of the first layer, put together from its weights."""
-    path = routed_file(model, tmp_path / "v.safetensors")
+    path = experts_of(model, tmp_path / "v.safetensors")
     layer, states = model.model.layers[0], model.model.embed_tokens(row)
     states = layer.input_layernorm(states)
     query = layer.self_attn.q_proj(states)[0, -1].view(2, 4, 8).mean(1)
@@ -211,7 +167,7 @@ def test_adaseka_by_definition(model, row, tmp_path):
 
 @torch.no_grad()
 def test_adaseka_neutral_and_refusals(model, row, tmp_path):
-    path, expected = routed_file(model, tmp_path / "v.safetensors"), model(row).logits
+    path, expected = experts_of(model, tmp_path / "v.safetensors"), model(row).logits
     with steerlens.steer(model, [AdaSEKA(path, 0), AdaSEKA(path, 1.0, min_shift=2)], [[(3, 7)]]) as steered:
         assert torch.equal(model(row).logits, expected) and steered.plan == {}
     assert not AdaSEKA.causal and not AdaSEKA.chunk_exact
@@ -231,12 +187,12 @@ class TestErrors:
                 SEKA("v.safetensors", **parameters)
         method = SEKA("v.safetensors", negative=None)
         assert from_dict(json.loads(json.dumps(method.to_dict()))) == method
-        path = file_of(model, tmp_path / "v.safetensors")
+        path = projections_of(model, tmp_path / "v.safetensors")
         with pytest.raises(SpanError, match="seka needs"):
             steerlens.steer(model, SEKA(path))
         with pytest.raises(MethodError, match=r"'shift' of layer 0 is \[2\].* has 8 key/value heads"):
             steerlens.steer(model_of("llama-mha"), SEKA(path), [[(3, 7)]])
-        wide = file_of(model_of("qwen3"), tmp_path / "wide.safetensors")
+        wide = projections_of(model_of("qwen3"), tmp_path / "wide.safetensors")
         with (
             steerlens.steer(model, SEKA(wide), [[(3, 7)]]),
             pytest.raises(MethodError, match=r"matrices \[2, 16, 16\]; the keys of layer 0 of .* are 2 heads of 8"),
@@ -246,7 +202,7 @@ class TestErrors:
     def test_families_whose_keys_are_out_of_reach(self, model_of, row, tmp_path):
         model = model_of("phi3")
         plain = model(row).logits
-        method = SEKA(file_of(model, tmp_path / "v.safetensors"))
+        method = SEKA(projections_of(model, tmp_path / "v.safetensors"))
         with pytest.raises(UnsupportedError, match="'phi3': where its keys are"), steerlens.steer(model, method, SPANS):
             pass
         assert torch.equal(model(row).logits, plain)

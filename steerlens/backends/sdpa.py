@@ -33,6 +33,8 @@ from steerlens.backends.channels import Term, split, widen, with_terms
 from steerlens.edits import HIDE
 from steerlens.errors import UnsupportedError
 
+_WIDENED = 2.25
+"""What copies of queries, keys, values and outputs with channels may take, in queries, keys and values of a call."""
 _MOST = {torch.float64: 0.9, torch.float32: 0.9, torch.bfloat16: 0.5, torch.float16: 0.5}
 """ψ up to which o_N by subtraction keeps the digits of its dtype."""
 
@@ -119,9 +121,13 @@ def fused(call: Call, inputs: Inputs, terms: list[Term]) -> torch.Tensor:
     return _run(call, inputs, terms, want_lse=False)[0]
 
 
-def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _run(
+    call: Call, inputs: Inputs, terms: list[Term], want_lse: bool, divide: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if inputs.sinks is not None:
         return _run_with_sinks(call, inputs, inputs.sinks, terms, want_lse)
+    if divide and (size := _heads_at_once(call, inputs, terms)) < inputs.query.shape[1]:
+        return _run_in_portions(call, inputs, terms, want_lse, size)
     query, key, value = inputs.query, inputs.key, inputs.value
     width = value.shape[-1]
     mask, causal = inputs.mask(call), call.mask is None and query.shape[2] > 1
@@ -167,6 +173,46 @@ def _run(call: Call, inputs: Inputs, terms: list[Term], want_lse: bool) -> tuple
     if packed:
         output = output.reshape(output.shape[0], -1, 1, output.shape[-1])
     return output if output.shape[-1] == width else output[..., :width], lse
+
+
+def _heads_at_once(call: Call, inputs: Inputs, terms: list[Term]) -> int:
+    """So many query heads that copies widened by many terms stay near `_WIDENED` times the queries, keys and values.
+
+    They are heads of one key/value group, or all heads of some groups.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
+    H, Tq, D = query.shape[1:]
+    if not terms or Tq <= FEW_ROWS or call.needs_grad:
+        return H
+    used = len(terms) * len(split(terms[0].weights[:0], query.dtype))
+    width, groups = max(D + used, value.shape[-1]), H // key.shape[1]
+    own = H * Tq * D + key.shape[1] * key.shape[2] * (D + value.shape[-1])
+    found = H
+    for size in range(H, 0, -1):
+        if H % size == 0 and (size % groups == 0 or groups % size == 0):
+            found, output = size, 0 if size == H else H * Tq * value.shape[-1]
+            if 2 * width * (size * Tq + -(-size // groups) * key.shape[2]) + output <= _WIDENED * own:
+                break
+    return found
+
+
+def _run_in_portions(
+    call: Call, inputs: Inputs, terms: list[Term], want_lse: bool, size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`_run` for `size` query heads at a time."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    H, groups = query.shape[1], query.shape[1] // key.shape[1]
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if want_lse else None
+    for first in range(0, H, size):
+        some, kv = slice(first, first + size), slice(first // groups, -(-(first + size) // groups))
+        heads = (list(range(H)) if inputs.heads is None else inputs.heads)[some]
+        part = Inputs(query[:, some], key[:, kv], value[:, kv], heads=heads)
+        own = [Term(t.weights[:, some], t.keys if t.keys.shape[1] == 1 else t.keys[:, kv]) for t in terms]
+        output[:, some], found = _run(call, part, own, want_lse, divide=False)
+        if lse is not None and found is not None:
+            lse[:, some] = found
+    return output, lse
 
 
 def _run_with_sinks(

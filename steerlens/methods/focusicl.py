@@ -53,6 +53,9 @@ class FocusICL(PromptedMethod):
     filtered head by head; scores of a batch are those of its own tokens. `steerlens.fitting.focusicl` searches both
     parameters.
 
+    With `weights="demos"` a layer holds what every row and head gives each batch, several times over: from about as
+    many batches as half a head's width on, prefill takes more than twice a layer's queries, keys and values in memory.
+
     Args:
         fraction: of the demonstrations' tokens that is ignored, in [0, 1). Published: 0.1 to 0.4, by search.
         batch: demonstrations per batch; `None`: all in one. Published: 2 to 224, by search.
