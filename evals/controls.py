@@ -59,6 +59,8 @@ def _random_heads(
     own = [getattr(method, "heads", None) for method in steering.methods]
     chosen = [heads if isinstance(heads, Heads) and heads.table is not None else None for heads in own]
     if not any(chosen):
+        if not any(isinstance(heads, Heads) for heads in own):
+            return [], f"{', '.join(method.name for method in steering.methods)} takes no heads to draw others for"
         return [], "all heads are steered: none is left to draw from"
     rng = random.Random(f"random heads|{seed}|{steering.label}")
     drawn: list[list[Method]] = [[] for _ in range(sets)]

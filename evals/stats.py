@@ -340,11 +340,19 @@ def _same(one: Row, other: Row) -> bool:
 
 
 def _responses(row: Row) -> Any:
-    """Texts as they are, and log-likelihoods as numbers, which lm-eval writes as texts."""
+    """Texts as they are, and log-likelihoods as numbers, which lm-eval writes as texts.
+
+    Whether a choice is the greedy one is left out: of a decoding method that is not always known.
+    """
     found = row.get("filtered_resps")
     if not isinstance(found, list):
         return found
-    return [list(map(_as_number, response)) if isinstance(response, list) else response for response in found]
+    return [
+        [_as_number(part) for part in response if str(part) not in ("True", "False")]
+        if isinstance(response, list)
+        else response
+        for response in found
+    ]
 
 
 def _as_number(value: Any) -> Any:

@@ -20,6 +20,8 @@ from steerlens.passes import Pass
 from steerlens.spans import Spans
 from steerlens.wrapping import unwrap
 
+TWO = "cannot both be in force: two decoding methods cannot own one generate; steer with one of them"
+
 
 def steer(
     model: Any,
@@ -152,11 +154,17 @@ class Steering:
 
         Raises:
             SteeringStateError: if another backend than this one is in force.
+            MethodError: if this and another context both have a decoding method.
         """
         engine = self._engine = Engine.of(self._engine.base)
         named = {c.backend for c in engine.contexts if c.backend != "auto"} | {self.backend} - {"auto"}
         if len(named) > 1:
             raise SteeringStateError(f"contexts on one model name different backends: {', '.join(sorted(named))}")
+        owners = [
+            m for m in [m for c in engine.contexts for m in c.methods] + self.methods if isinstance(m, DecodingMethod)
+        ]
+        if len(owners) > 1:
+            raise MethodError(f"{owners[0].name} and {owners[1].name} {TWO}")
         if not self.plan and all(isinstance(m, EditMethod) for m in self.methods):
             return self
         engine.contexts.append(self)
@@ -285,8 +293,8 @@ def _methods(methods: Any) -> list[Method]:
     found: list[Method] = []
     for item in listed:
         found += _methods(item) if not isinstance(item, Method) else [item]
-    if sum(isinstance(m, DecodingMethod) for m in found) > 1:
-        raise MethodError("two decoding methods cannot own one generate; steer with one of them")
+    if len(owners := [m.name for m in found if isinstance(m, DecodingMethod)]) > 1:
+        raise MethodError(f"{owners[0]} and {owners[1]} {TWO}")
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import ModelOutput
 
-from steerlens import caches, decoder
+from steerlens import caches, decoder, masks
 from steerlens.attach import Steering
 from steerlens.engine import Engine
 from steerlens.errors import MethodError, SpanError, SteeringStateError, UnsupportedError
@@ -116,7 +116,7 @@ class Branches:
         self.others = [Other(method, branch, engine) for branch in branches if branch.model is not None]
         self.spans: Spans | None = spans
         self.cache: Cache | None = None
-        self.started = self.split = self.shared = False
+        self.started = self.split = self.shared = self.checked = False
         self.hidden: torch.Tensor | None = None
         self._batch = 0
         self._rotaries: list[tuple[Any, list[torch.nn.Module]]] = []
@@ -254,8 +254,9 @@ class Branches:
         self.split, count, spans = True, len(self.rows), self.spans
         if cache is not None and cache.get_seq_length():
             self.engine.widen(cache, count)
-        before, self.engine.branches = self.engine.branches, count
-        self._exit.callback(setattr, self.engine, "branches", before)
+        for name in ("branches", "tokens"):
+            self._exit.callback(setattr, self.engine, name, getattr(self.engine, name))
+        self.engine.branches = count
         if spans is not None and spans.rows:
             repeats = batch * count // spans.rows
             # the context that the spans are of checks its inputs
@@ -296,8 +297,32 @@ class Branches:
             mask = found.get("attention_mask")
             if mask is None:
                 mask = torch.ones(len(tokens), columns, dtype=torch.long, device=tokens.device)
+            self.engine.tokens = masks.token_mask(mask, columns)[0]
+            self._leaves_some(columns)
             found["attention_mask"] = _hide(mask, self.hidden.to(tokens.device))
         return found
+
+    def _leaves_some(self, columns: int) -> None:
+        """Raise `SpanError` if nothing is left of a prompt, once it has come whole."""
+        if self.checked or (self.engine.scope is not None and columns < self.engine.scope.width):
+            return
+        self.checked, hidden, lengths = True, self.hidden, self.engine.prompt_lengths
+        assert hidden is not None
+        width = columns if self.engine.scope is None else self.engine.scope.width
+        real = torch.ones(len(hidden), width, dtype=torch.bool)
+        if self.engine.tokens is not None:
+            real = self.engine.tokens[:, :width].cpu().bool()
+        if lengths is not None:
+            counts = torch.tensor(lengths).repeat_interleave(len(hidden) // len(lengths))
+            real &= real.cumsum(1) <= counts[:, None]
+        left = real.clone()
+        left[:, : hidden.shape[1]] &= ~hidden[:, :width]
+        if bool((empty := ~left.any(1)).any()):
+            row = int(empty.nonzero()[0, 0]) // len(self.rows)
+            raise SpanError(
+                f"{self.method.name}: row {row}: the emphasised text is the whole prompt, of which nothing is left "
+                "without it: emphasise a part of it"
+            )
 
     @contextlib.contextmanager
     def _rotated(self) -> Iterator[None]:

@@ -145,6 +145,7 @@ class Engine(Guarded):
         self.current: Pass | None = None
         self.scope: Scope | None = None
         self.branches = 1  # rows of a forward that each of the callers' rows becomes (see `branching`)
+        self.tokens: torch.Tensor | None = None  # the mask of its tokens, where a branch hides some of them
         self.wrappers: dict[int, Wrapper] = {}
         self.thread = threading.get_ident()
         self._running: int | None = None
@@ -266,7 +267,8 @@ class Engine(Guarded):
         batch, length = tokens.shape[:2]
         masks.refuse_packed(given, cache)
         mask, plain = masks.token_mask(given.get("attention_mask"), seen + length)
-        prompt = self._prompt(cache, seen, batch, length, mask, tokens)
+        # What a branch hides are tokens of its prompt all the same.
+        prompt = self._prompt(cache, seen, batch, length, mask if self.tokens is None else self.tokens, tokens)
         total = seen + length
         real = None
         if mask is not None:

@@ -19,6 +19,7 @@ from steerlens.methods.attention_buckets import AttentionBuckets
 from steerlens.methods.decore import DeCoRe
 from steerlens.methods.plausibility_gate import PlausibilityGate
 from steerlens.methods.spa import SPA
+from steerlens.spans import Spans, digests
 
 SPANS = [[(9, 12)], [(10, 13), (15, 16)], [(8, 11)]]
 GATED = {
@@ -105,6 +106,50 @@ class TestSPA:
         hidden, tokens = columns(SPANS, 20), got.sequences[:, 20:]
         parts = [alone(model, ids, mask, tokens, [outer], hidden=h) for h in (None, hidden)]
         assert apart(got.logits, SPA(2.0).mix(torch.stack(parts))) < 1e-4
+
+    @pytest.mark.parametrize("outer", [ZeroTuning(4.0), ACT(0.0, 0.08)], ids=lambda m: m.name)
+    def test_hidden_tokens_are_tokens(self, outer, model, row):
+        """Where the anchor comes first: with and without a mask, padded, uncached and scored, one result."""
+        methods, ones = [outer, SPA(3.0)], torch.ones_like(row)
+        got = generate(model, methods, [[(0, 4)]], row)
+        padded = [torch.nn.functional.pad(x, (3, 0)) for x in (row, ones)]
+        for other in (
+            generate(model, methods, [[(0, 4)]], row, ones),
+            generate(model, methods, [[(0, 4)]], row, use_cache=False),
+            generate(model, methods, [[(3, 7)]], *padded),
+        ):
+            assert apart(got.logits, other.logits) < 1e-4
+        expected = torch.stack(got.logits, 1).log_softmax(-1).gather(2, got.sequences[:, 20:, None])[..., 0]
+        with steerlens.steer(model, methods, [[(0, 4)]], prompt_lengths=[20]) as steered:
+            for mask in ({}, {"attention_mask": whole(ones, 8)}):
+                scores = methods[1].score(model, {"input_ids": got.sequences} | mask, steered.spans)
+                assert apart(scores[:, 19:], expected) < 1e-4
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_score_knows_the_inputs_of_encoded_spans(self, gated, model, prompts):
+        ids, mask = prompts("left")
+        method = PlausibilityGate([SPA(2.0)]) if gated else SPA(2.0)
+        spans = Spans({"emphasis": tuple(map(tuple, SPANS))}, digests(ids, mask))
+        got = generate(model, method, spans, ids, mask)
+        check_scores(model, method, spans, got, mask)
+        wrong = ids.clone()
+        wrong[0, 5] += 1
+        steered = steerlens.steer(model, method, spans, prompt_lengths=mask.sum(1).tolist())
+        with steered, pytest.raises(SpanError, match="row 0 of the inputs"):
+            method.score(model, {"input_ids": wrong, "attention_mask": mask}, steered.spans)
+
+    @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}, {"cache_implementation": "static"}], ids=str)
+    def test_something_must_be_left(self, options, model, prompts):
+        ids, mask = prompts("left")
+        everything = [SPANS[0], [(5, 20)], SPANS[2]]
+        with pytest.raises(SpanError, match="row 1: the emphasised text is the whole prompt"):
+            generate(model, SPA(2.0), everything, ids, mask, **options)
+        assert "forward" not in vars(model) and "_steerlens_engine" not in vars(model.model)
+        generate(model, SPA(2.0), [SPANS[0], [(7, 19)], SPANS[2]], ids, mask, **options)
+        longer = {"input_ids": torch.cat([ids, ids[:, -3:]], 1), "attention_mask": whole(mask, 3)}
+        steered = steerlens.steer(model, SPA(2.0), everything, prompt_lengths=[20, 13, 17])
+        with steered, pytest.raises(SpanError, match="row 1: the emphasised text is the whole prompt"):
+            steered.methods[0].score(model, longer, steered.spans)
 
     def test_neutral_is_native(self, model, row):
         got, expected = generate(model, SPA(1), [[(9, 12)]], row), greedy(model, row)
@@ -281,3 +326,14 @@ def test_shipped_recipe_through_the_command_line(name):
     assert set(found["results"][0]) == {"prompt", "baseline", "steered"}
     if name == "spa":
         assert found["results"][0] == {"prompt": prompt, "baseline": " 4417", "steered": " 9032"}
+
+
+def test_two_decoding_methods_are_refused_in_nested_contexts_too(model, row):
+    found = r"decore and spa cannot both be in force"
+    with steerlens.steer(model, DeCoRe("0:1")):
+        with pytest.raises(MethodError, match=found), steerlens.steer(model, SPA(2.0), [[(9, 12)]]):
+            pass
+        greedy(model, row)
+    with pytest.raises(MethodError, match=found):
+        steerlens.steer(model, [DeCoRe("0:1"), SPA(2.0)], [[(9, 12)]])
+    assert "_steerlens_engine" not in vars(model.model)

@@ -155,6 +155,12 @@ class TestResults:
             other[key] | {"arguments": 0} == row | {"arguments": 0} for key, row in one.items()
         )
 
+    def test_vectors(self, tmp_path):
+        options = "--method iti --set alpha=2.0 --vectors iti-tiny.safetensors --tasks conflict_choice --limit 2"
+        call(*options.split(), "--output", tmp_path / "out")
+        [described] = json.loads((tmp_path / "out" / "job.json").read_text())["steerings"]
+        assert described["methods"][0]["vectors"] == "iti-tiny.safetensors"
+
 
 class TestFailing:
     @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval")
@@ -266,6 +272,7 @@ class TestFolders:
             ("--tasks conflict --recipe pasta-tiny --task-set conflict.lenght=4", "lenght"),
             ("--tasks conflict, --recipe pasta-tiny", "has an empty name"),
             ("--tasks conflict --recipe pasta-tiny --num-fewshot 2", "only tasks of lm-eval have that"),
+            ("--tasks conflict --method spa --vectors iti-tiny.safetensors", "vectors"),
             ("--tasks conflict --method pasta --heads 7:1", "layer 7 is out of range; tiny has layers 0..5"),
             ("--tasks conflict --recipe pasta-tiny --shard 4/4", "4 shards are 0/4 to 3/4"),
             ("--tasks memory --recipe pasta-tiny", "is run on no task: pasta needs the span group emphasis"),

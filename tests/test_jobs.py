@@ -30,7 +30,7 @@ from steerlens import models
 from steerlens.errors import SteerlensError
 from steerlens.examples import Example
 from steerlens.facts import ModelFacts
-from steerlens.methods import ACT, PASTA, HeadMask, ZeroTuning
+from steerlens.methods import ACT, PASTA, SPA, HeadMask, ZeroTuning
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = ModelFacts("hybrid", "llama", 4, (8, 0, 4, 8), (2, 0, 2, 2))
@@ -256,6 +256,7 @@ class TestControls:
         ("method", "why"),
         [
             (ZeroTuning(2.0), {"z random": "all heads are steered: none is left to draw from"}),
+            (SPA(2.0), {"z random": "spa takes no heads to draw others for"}),
             (ZeroTuning(2.0, heads="0:*;2:*"), {"z random": "12 heads are chosen, 8 are left to draw from"}),
             (HeadMask({0: [1]}), {"z neutral": "headmask has no strength that changes nothing"}),
         ],

@@ -256,6 +256,7 @@ class TestSummary:
         ("change", "same"),
         [
             ({"filtered_resps": ["another"]}, False),
+            ({"filtered_resps": [[-1.0, False], [-2.0, False]]}, False),
             ({"follows": 0.0}, False),
             ({"logprob": -1.00003}, True),
             ({"logprob": -1.1}, False),
@@ -274,6 +275,13 @@ class TestSummary:
             same,
             0 if same else 2 if "doc_hash" in change else 1,
         )
+
+    def test_neutral_strength_of_a_method_that_does_not_know_what_is_greedy(self, job):
+        rows = conflict("pasta neutral")
+        choices, unknown = ([[-0.71, greedy], [-0.72, False]] for greedy in (True, False))
+        write(job / "tiny" / "pasta_neutral", [rows[0] | {"filtered_resps": unknown}, *rows[1:]], NEUTRAL)
+        write(job / "tiny" / "baseline", [rows[0] | {"filtered_resps": choices}, *rows[1:]], BASELINE)
+        assert one(summarize(job, JOB)["controls"], task="conflict")["neutral_identical"] is True
 
     def test_published_figures(self, job):
         found = summarize(job, JOB)["published"]

@@ -24,6 +24,7 @@ _SELECTING = {
     "method": "--method",
     "recipe": "--recipe",
     "heads": "--heads",
+    "vectors": "--vectors",
     "settings": "--set",
     "tasks": "--tasks",
     "task_set": "--task-set",
@@ -48,6 +49,7 @@ def evaluate(
     method: options.Methods = None,
     recipe: options.Recipes = None,
     heads: options.HeadSpec = None,
+    vectors: options.Vectors = None,
     settings: options.Settings = None,
     model: options.Model = None,
     tasks: Annotated[
@@ -156,7 +158,7 @@ def evaluate(
         )
         job = _from_options(
             chosen,
-            options.build_methods(method or [], loaded, heads, settings or []),
+            options.build_methods(method or [], loaded, heads, settings or [], vectors),
             loaded,
             _tasks(str(tasks), task_set or [], num_fewshot, include_path),
             output=None if output is None else str(output),
