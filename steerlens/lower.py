@@ -227,8 +227,8 @@ def _move(items: list[Placed], now: Pass, layer: int, heads: int) -> MoveMass:
             f"{now.q_offset}..{now.columns} with a prompt of {prompt.width}: prefill it in one forward (no "
             "prefill_chunk_size, no reused prefix, no assisted decoding), or choose a law for single rows"
         )
-    # As a law with something for each head has them; those that merge do not.
-    used = list(dict.fromkeys(head for one in items for head in one.edit.heads))
+    # As a law with something for each head has them; those that merge do not, and backends want theirs in order.
+    used = list(edit.heads) if len(items) == 1 else sorted({head for one in items for head in one.edit.heads})
     own = _table(items, now, heads)[:, used, None] > 0
     floor = law.floor() if len(edit.groups) == 1 else None
     raised = None if floor is None else (floor[0], own[..., 0] * floor[1])

@@ -6,7 +6,7 @@ from method_checks import BACKENDS, apart, attend, close, keeps_its_promises
 
 import steerlens
 from steerlens.errors import SpanError
-from steerlens.methods import Knockout
+from steerlens.methods import ACT, Knockout
 
 ROWS = [[1, 0, 0, 0], [0.6, 0.4, 0, 0], [0.5, 0.3, 0.2, 0], [0.4, 0.3, 0.2, 0.1]]
 SPANS = {
@@ -74,3 +74,13 @@ def test_hidden_keys_have_no_influence(model, prompts):
 def test_a_group_that_is_not_there():
     with pytest.raises(SpanError, match=r"knockout needs the span group 'rows', and these spans have keys"):
         Knockout("keys", "rows").plan(None, steerlens.spans.Spans.of({"keys": [[(0, 1)]]}))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_sinks_beside_nothing_but_hidden_keys(backend, model, prompts):
+    """The keys outside ACT's sinks are those that were hidden before, not the sinks, which are hidden to find them."""
+    ids, mask = prompts(None)
+    methods = [Knockout(rows="all"), ACT(0.4, 0.08)]
+    with torch.no_grad():
+        got, expected = (steered(model, ids, mask, methods, [[(0, 3)]] * 3, name) for name in (backend, "reference"))
+    assert apart(got, expected) < 1e-4

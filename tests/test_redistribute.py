@@ -7,12 +7,14 @@ import pytest
 import torch
 from steerlens.kernels import attention as kernels
 
+import steerlens
 from steerlens import backends
 from steerlens.backends import sdpa
 from steerlens.backends.call import Bias, Call, Cut, KeepMass, MoveMass
 from steerlens.edits import HIDE, FirstToken, Keep, MassLaw, Redistribute, Reweight, Scale, SpanKeys
 from steerlens.errors import UnsupportedError
 from steerlens.lower import Placed, lower
+from steerlens.methods import PerRow, SpotLight
 from steerlens.passes import Pass, Prompt
 from steerlens.shards import local
 from steerlens.spans import Spans
@@ -223,3 +225,19 @@ def test_tensor_parallel_processes_have_their_heads_of_a_law():
     assert (second.heads, second.law) == ((0, 1), PerHead((0.2, 0.3)))
     with pytest.raises(UnsupportedError, match="needs the attention of all heads of a layer"):
         local([Placed(replace(edit, law=Pooled()), None, 0, None)], 0, 2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha"])
+def test_rows_that_differ_by_heads(backend, family, model_of, prompts):
+    """Laws of different rows become one, whose heads do not come in order."""
+    model, ids = model_of(family), prompts(None, (18, 18))[0]
+    some, spans = SpotLight(0.3, heads={0: [5, 6], 1: [7], 2: [4]}), [[(4, 7)], [(3, 8)]]
+    each = [some, SpotLight(0.3)]
+    with torch.no_grad():
+        with steerlens.steer(model, PerRow(each), spans, backend=backend):
+            together = model(ids).logits
+        for row, method in enumerate(each):
+            with steerlens.steer(model, method, [spans[row]], backend="reference"):
+                alone = model(ids[row : row + 1]).logits
+            assert (together[row] - alone[0]).abs().max() < 1e-5 * alone.abs().max()

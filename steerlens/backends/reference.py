@@ -87,7 +87,7 @@ def logits(call: Call, rows: slice, heads: list[int]) -> torch.Tensor:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query = call.query[:, :, rows].to(dtype)
     groups = call.groups
-    if len(heads) == query.shape[1]:
+    if heads == list(range(query.shape[1])):
         B, H, r, D = query.shape
         grouped = query.reshape(B, H // groups, groups * r, D)
         x = (grouped @ call.key.to(dtype).transpose(-1, -2)).reshape(B, H, r, -1)

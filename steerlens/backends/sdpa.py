@@ -136,11 +136,7 @@ def _run(
     if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
         mask, causal = None, True
         if call.real is not None:
-            # Below all that terms leave of a key: a row may see nothing but hidden ones.
-            hide = torch.full((1, 1, 1), HIDE, device=query.device).expand(1, query.shape[1], 1)
-            for term in terms:
-                hide = hide + term.weights.detach().clamp(max=0)
-            terms = [*terms, Term(hide, ~call.real[:, None])]
+            terms = [*terms, Term(_below(query, terms), ~call.real[:, None])]
     # An additive term in 16 bit would be a coarse one; only the CPU kernel takes it in fp32 beside 16-bit queries.
     exact = query.device.type == "cpu" or query.dtype.itemsize >= 4
     if terms and query.shape[2] <= FEW_ROWS and exact:
@@ -176,6 +172,14 @@ def _run(
     if packed:
         output = output.reshape(output.shape[0], -1, 1, output.shape[-1])
     return output if output.shape[-1] == width else output[..., :width], lse
+
+
+def _below(query: torch.Tensor, terms: list[Term]) -> torch.Tensor:
+    """Nats [.., H, Tq or 1] that hide a key from rows that may see nothing else but keys which terms hide."""
+    hide = torch.full((1, 1, 1), HIDE, device=query.device).expand(1, query.shape[1], 1)
+    for term in terms:
+        hide = hide + term.weights.detach().clamp(max=0)
+    return hide
 
 
 def _heads_at_once(call: Call, inputs: Inputs, terms: list[Term]) -> int:
@@ -349,11 +353,11 @@ class Selection:
         at = {head: i for i, head in enumerate(self.heads)}
         return keys[:, [at[h] for h in self.index]].unflatten(1, (len(self.kv), self.width))
 
-    def outside(self, keys: torch.Tensor) -> list[Term]:
-        """Terms that hide `keys` [B, h, Tk], each from its own head of the rectangle."""
-        table = self.spread(keys)
+    def outside(self, keys: torch.Tensor, inputs: Inputs, terms: list[Term]) -> list[Term]:
+        """The rectangle's `terms`, and more that hide `keys` [B, h, Tk], each from its own head."""
+        table, hide = self.spread(keys), _below(inputs.query, terms)
         own = torch.eye(self.width, device=keys.device).repeat(1, len(self.kv))
-        return [Term(HIDE * own[m][None, :, None], table[:, :, m]) for m in range(self.width)]
+        return [*terms, *(Term(hide * own[m][None, :, None], table[:, :, m]) for m in range(self.width))]
 
 
 def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch.Tensor:
@@ -373,7 +377,8 @@ def _keep(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) -> torch
     if edit.rows is not None:
         applies = applies & edit.rows[:, None]
     old = output if chosen.whole else output[:, edit.heads]
-    outside = fused(call, chosen.inputs(whole), [*chosen.terms(terms), *chosen.outside(keys)])
+    inputs = chosen.inputs(whole)
+    outside = fused(call, inputs, chosen.outside(keys, inputs, chosen.terms(terms)))
     outside = outside if chosen.whole else outside[:, chosen.place]
     new = torch.where(applies[..., None], edit.fraction * old + (1 - edit.fraction) * outside, old).to(old.dtype)
     return new if chosen.whole else output.index_copy(1, torch.tensor(edit.heads, device=new.device), new)
@@ -423,7 +428,7 @@ def _keep_as_bias(call: Call, whole: Inputs, terms: list[Term], edit: KeepMass) 
     at = {head: i for i, head in enumerate(edit.heads)}
     if lse is not None:
         # From log-sum-exps: no 1-ψ is too small for its logarithm.
-        outside = _run(call, inputs, [*chosen.terms(terms), *chosen.outside(keys)], want_lse=True)[1]
+        outside = _run(call, inputs, chosen.outside(keys, inputs, chosen.terms(terms)), want_lse=True)[1]
         assert outside is not None
         log_rest = (outside[:, chosen.place] - lse[:, edit.heads]).clamp(max=0)
     else:
