@@ -98,8 +98,10 @@ class Method:
         value = getattr(self, field)
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
         if not fits or value > high or value < low or (open_low and value == low):
-            bound = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
-            raise MethodError(f"{self.name}: {field}={value!r} is out of range; allowed: a number {bound}")
+            bounds = [f"{'>' if open_low else '>='} {low:g}"] if low > -math.inf else []
+            bounds += [f"<= {high:g}"] if high < math.inf else []
+            allowed = " ".join(["a number", " and ".join(bounds)]).strip()
+            raise MethodError(f"{self.name}: {field}={value!r} is out of range; allowed: {allowed}")
         object.__setattr__(self, field, float(value))
 
     def _count(self, field: str, low: int = 1) -> None:
