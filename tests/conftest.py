@@ -16,6 +16,8 @@ if not torch.cuda.is_available() and find_spec("triton") is not None:
 from small_models import build
 
 torch.set_num_threads(1)
+# For processes that tests start: threads for every core would wait for the cores of the other workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
