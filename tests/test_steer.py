@@ -232,7 +232,8 @@ class TestSafety:
         ],
         ids=["deepcopy", "pickle", "deepcopy-layer", "set_attn_implementation"],
     )
-    def test_refused_while_steered(self, model, act):
+    def test_refused_while_steered(self, act):
+        model = build("llama-gqa")  # transformers leaves hooks that do not pickle on a model that gave hidden states
         with steerlens.steer(model, STRONG), pytest.raises(SteeringStateError, match=r"steer\(llama, zerotuning\)"):
             act(model)
         copy.deepcopy(model)
