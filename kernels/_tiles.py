@@ -278,7 +278,7 @@ def factors(b_ms, b_ls, p_law, m_applies, LAW: tl.constexpr, GROUPS: tl.constexp
     """What each group's accumulator is multiplied by, [R, 4], from the maxima and sums [R, 4]; and the largest maximum.
 
     `p_law` [R] points at the parameters of each row's head. A row whose law would give mass to a group of which it sees
-    no key stays as it was.
+    no key, or to group 1 where that has none in fp32, stays as it was.
     """
     o_g = tl.arange(0, 4)
     b_seen = b_ls > 0
@@ -319,7 +319,7 @@ def factors(b_ms, b_ls, p_law, m_applies, LAW: tl.constexpr, GROUPS: tl.constexp
             b_total = tl.sum(b_own, 1)
             b_share = b_own / tl.where(b_total > 0, b_total, 1.0)[:, None]
             b_new = tl.where((o_g == 1)[None, :], b_to[:, None], (1.0 - b_to)[:, None] * b_share)
-            b_ok = (tl.sum(tl.where((o_g == 1)[None, :] & b_seen, 1, 0), 1) > 0) & (b_total > 0) & (b_in < b_tau)
+            b_ok = (b_in > 0) & (b_total > 0) & (b_in < b_tau)
         b_ok = b_ok & m_applies
         b_new = tl.where(b_ok[:, None], b_new / tl.where(b_seen, b_ls, 1.0), b_old)
     return b_new, b_sum, b_shift

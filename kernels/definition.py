@@ -111,7 +111,7 @@ def _moved(x: torch.Tensor, lse: torch.Tensor, labels: Labels | None, law: Law |
         share = torch.where(alive & (rest > -torch.inf)[..., None], (others - rest[..., None]).exp(), 0).nan_to_num()
         new = (1 - to)[..., None] * share
         new[..., 1] = to
-        applies = alive[..., 1] & (rest > -torch.inf) & (psi[..., 1] < tau)
+        applies = (psi[..., 1].float() > 0) & (rest > -torch.inf) & (psi[..., 1] < tau)
     if law.rows is not None:
         applies = applies & law.rows.bool()[:, None]
     new = torch.where(applies[..., None], new, psi)

@@ -46,9 +46,7 @@ def test_the_record_says_where_it_comes_from_and_has_every_section(smoke):
 def test_every_row_ran_or_says_why_not(smoke):
     ran, record = smoke
     wrong = [row for row in record["rows"] if row["status"] in ("failed", "error")]
-    # The engine may not have the backend yet.
-    assert all(row["section"] == "model" and row["name"].endswith("triton") for row in wrong), wrong
-    assert ran.returncode == record["exit_status"] == bool(wrong)
+    assert not wrong and ran.returncode == record["exit_status"] == 0
     skipped = {row["name"]: row["reason"] for row in record["rows"] if row["status"] == "skipped"}
     assert skipped == {"kernels": "interpreted: nothing to compile", "peer flex T=32": "needs CUDA"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_checks import BACKENDS, attend, close, keeps_its_promises
+from method_checks import BACKENDS, apart, attend, close, keeps_its_promises
 
 import steerlens
 from steerlens.errors import SpanError
@@ -38,6 +38,24 @@ class TestOracle:
 )
 def test_promises(method, model, prompts):
     keeps_its_promises(model, method, Knockout(heads={}), prompts, SPANS)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_a_prompt_that_begins_with_the_hidden_keys(backend, model, prompts):
+    """Rows that see nothing else see no pads either, which a kernel may hide by a bias, too."""
+    ids, mask = prompts("left")
+    spans = [[(0, 3)], [(7, 10)], [(3, 5)]]
+    with torch.no_grad():
+        got, expected = (
+            steered(model, ids, mask, [Knockout(rows="all"), Knockout(rows="all")], spans, name)
+            for name in (backend, "reference")
+        )
+    assert apart(got * mask[..., None], expected * mask[..., None]) < 1e-4
+
+
+def steered(model, ids, mask, methods, spans, backend):
+    with steerlens.steer(model, methods, spans, backend=backend):
+        return model(input_ids=ids, attention_mask=mask).logits
 
 
 def test_hidden_keys_have_no_influence(model, prompts):

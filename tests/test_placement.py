@@ -28,7 +28,7 @@ METHODS = {
     "per_row": PerRow([ZeroTuning(9.0), PASTA(0.05), None]),
     "composed": [ACT(0.3, 0.08), ZeroTuning(4.0), HeadMask("1:2")],
     "var": VAR([*range(64)], 2.5, 0.6, 0.0, 0.0, 0, group="emphasis"),
-    "massive_activations": MassiveActivations(1, (3, 7), least=1.0, ratio=1.0),
+    "massive_activations": MassiveActivations(1, (3, 7), (2.0, -2.0), (-2.0, 2.0), least=1e-3, ratio=1e-3),
 }
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 

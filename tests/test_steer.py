@@ -233,7 +233,7 @@ class TestSafety:
         ids=["deepcopy", "pickle", "deepcopy-layer", "set_attn_implementation"],
     )
     def test_refused_while_steered(self, act):
-        model = build("llama-gqa")  # transformers leaves hooks that do not pickle on a model that gave hidden states
+        model = build("llama-gqa")  # a model that once gave hidden states keeps hooks that nothing pickles
         with steerlens.steer(model, STRONG), pytest.raises(SteeringStateError, match=r"steer\(llama, zerotuning\)"):
             act(model)
         copy.deepcopy(model)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import types
 
 import pytest
@@ -15,7 +16,8 @@ from steerlens import backends
 from steerlens.backends import fused
 from steerlens.backends.call import Bias, Call, KeepMass
 from steerlens.errors import UnsupportedError
-from steerlens.methods import ACT, PASTA, HeadMask, PerRow, SpotLight, ZeroTuning
+from steerlens.methods import ACT, GUIDE, PASTA, HeadMask, Knockout, PerRow, SpotLight, ZeroTuning
+from steerlens.observing import Observer
 from steerlens.recording import STATS
 
 LENGTHS = (18, 11)
@@ -278,8 +280,25 @@ class TestAuto:
     def test_by_device_and_dtype(self, capability, dtype, expected, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(backends, "_launches", lambda: True)
         assert backends.fastest.__wrapped__(torch.device("cuda", 0), dtype) == expected
         assert backends.fastest(torch.device("cpu"), dtype) == "sdpa"
+
+    def test_sdpa_where_triton_finds_no_compiler(self, monkeypatch, caplog):
+        """Many images that have PyTorch have no C compiler, which Triton wants at its first launch."""
+
+        driver = importlib.import_module("triton.runtime.driver")
+
+        class NoCompiler:
+            @property
+            def active(self):
+                raise RuntimeError("Failed to find C compiler")
+
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(driver, "driver", NoCompiler())
+        assert backends.fastest.__wrapped__(torch.device("cuda", 0), torch.bfloat16) == "sdpa"
+        assert "Failed to find C compiler" in caplog.text
 
     def test_triton_where_a_record_has_it_faster(self, hopper, model_of, prompts):
         model, (ids, mask) = model_of("mistral"), prompts("left", (20, 17))
@@ -347,3 +366,27 @@ def test_keys_outside_a_span_are_moved_by_those_inside(family, model_of, prompts
     assert apart(got, expected, mask) < 1e-5
     inside = [int(keys[0].sum()) for terms in labelled for _, keys in terms]
     assert set(inside) == ({3} if family == "llama-gqa" else {15})
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_keys_that_an_edit_hid_hold_no_mass_to_raise(backend, model_of, prompts):
+    """ψ = 0 is left alone by SpotLight, though a key of the spans is seen."""
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+    got, expected = one_each(backend, model, ids, mask, [Knockout(rows="all"), SpotLight(0.3)], SPANS["left"])
+    assert apart(got, expected, mask) < 1e-5
+
+
+def test_a_law_made_a_bias_goes_with_its_layer(model_of, prompts):
+    """[H, rows] numbers for each group and layer: kept, they would be more than a layer's keys in deep models."""
+    memo = {}
+
+    class Memo(Observer):
+        def observe(self, layer, call, now):
+            memo.update(call.memo)
+
+    model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
+    methods = [SpotLight(0.3), GUIDE(1.0)]
+    with torch.no_grad(), steerlens.steer(model, methods, SPANS["left"], backend="triton"), Memo(model):
+        model(ids, attention_mask=mask)
+    kept = [value[0] for key, value in memo.items() if isinstance(key, tuple) and key[0] == "labels"]
+    assert not any(len(terms) > 1 and isinstance(terms[1], tuple) for terms in kept)

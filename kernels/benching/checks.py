@@ -121,7 +121,7 @@ def run(check: Check, device: torch.device, seed: int) -> Values:
         if check.kernel == "columns":
             values = _columns(check, q, k, arguments, truth, weights)
         else:
-            for _ in range(2):  # the second time as what was asked before
+            for _ in range(1 if q.device.type == "cpu" else 2):  # the second time as what was asked before
                 with poisoned():
                     found = kernels.attention(q, k, v, **arguments)
             values = compare(found, truth, weights, bound(q, k, v, arguments))

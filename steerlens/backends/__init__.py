@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,6 +20,7 @@ NAMES = ("auto", "reference", "sdpa", "triton")
 RECORDED = ((9, 0),)
 """Compute capabilities of the devices in `kernels/records`."""
 Found = TypeVar("Found")
+log = logging.getLogger("steerlens")
 
 
 def check(name: str) -> str:
@@ -42,7 +44,21 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
         return "sdpa"
     if torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":
         return "sdpa"
-    return "triton" if torch.cuda.get_device_capability(device) in RECORDED else "sdpa"
+    if torch.cuda.get_device_capability(device) not in RECORDED or not _launches():
+        return "sdpa"
+    return "triton"
+
+
+def _launches() -> bool:
+    """Whether Triton can launch here: it builds its launcher with a C compiler, and keeps it on the disk."""
+    from triton.runtime.driver import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # the compiler's, the linker's or the disk's
+        log.warning("backend 'auto' takes sdpa, as Triton cannot launch its kernels here: %s", error)
+        return False
+    return True
 
 
 def takes_kernels(name: str, query: torch.Tensor) -> bool:

@@ -236,9 +236,11 @@ def _marked(
     # Layers of one forward may hold different columns: a sliding cache has only the last of them.
     held = (call.key.shape[2], call.offset)
     key: Hashable = ("labels", pads, held, id(of), *((id(weights), keys.data_ptr()) for weights, keys in terms))
-    # Keys by head are those of a law made a term: no other layer has them.
+    # A law made a term is one layer's own: kept, it would stay in memory to the end of the forward.
     alone = (group is not None and of is None) or hidden is not None
-    shared = keep and not alone and all(keys.shape[1] == 1 for _, keys in terms)
+    biases = [edit for edit in call.edits if isinstance(edit, Bias)]
+    lasting = {id(weights) for edit in biases for weights in (edit.weights, _term(call, edit)[0])}
+    shared = keep and not alone and all(id(weights) in lasting for weights, _ in terms)
     if not shared or key not in call.memo:
         if pads:
             assert call.real is not None

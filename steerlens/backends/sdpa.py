@@ -136,7 +136,10 @@ def _run(
     if call.plain and call.offset == 0 and query.shape[2] == key.shape[2] > 1:
         mask, causal = None, True
         if call.real is not None:
+            # Below all that terms leave of a key: a row may see nothing but hidden ones.
             hide = torch.full((1, 1, 1), HIDE, device=query.device).expand(1, query.shape[1], 1)
+            for term in terms:
+                hide = hide + term.weights.detach().clamp(max=0)
             terms = [*terms, Term(hide, ~call.real[:, None])]
     # An additive term in 16 bit would be a coarse one; only the CPU kernel takes it in fp32 beside 16-bit queries.
     exact = query.device.type == "cpu" or query.dtype.itemsize >= 4
