@@ -18,6 +18,7 @@ from steerlens.evals.job import Job, JobError, LmTask, ModelEntry, Shape, Steeri
 from steerlens import methods as registry
 from steerlens.errors import SteerlensError
 from steerlens.facts import ModelFacts
+from steerlens.methods.base import DecodingMethod
 from steerlens.models import ModelLoadError, hub_is_reachable
 from steerlens.recipe import Recipe
 
@@ -304,6 +305,9 @@ def _check_fits(entry: SteeringEntry, steering: Steering, facts: ModelFacts, *, 
 
 def _cannot(steering: Steering, task: Task | LmTask) -> str | None:
     for method in steering.methods:
+        chooses = not isinstance(task, LmTask) and task.output == "choices"
+        if chooses and isinstance(method, DecodingMethod) and not method.scores:
+            return f"{method.name} gives no text a probability, and {task.name} compares those of choices"
         if missing := [group for group in method.needs if group not in task.groups]:
             has = ", ".join(sorted(task.groups)) or "none"
             why = f"{method.name} needs the span group {', '.join(missing)}, and {task.name} has {has}"

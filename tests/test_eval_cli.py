@@ -276,6 +276,10 @@ class TestFolders:
             ("--tasks conflict --method pasta --heads 7:1", "layer 7 is out of range; tiny has layers 0..5"),
             ("--tasks conflict --recipe pasta-tiny --shard 4/4", "4 shards are 0/4 to 3/4"),
             ("--tasks memory --recipe pasta-tiny", "is run on no task: pasta needs the span group emphasis"),
+            (
+                "--tasks conflict_choice --method lookback_lens --vectors lookback_lens-tiny.safetensors",
+                "is run on no task: lookback_lens gives no text a probability, and conflict_choice compares those",
+            ),
             ("--tasks conflict", "neither --method nor --recipe"),
             ("--recipe pasta-tiny", "give --tasks"),
             ("--merge --shard 1/2", "--merge runs nothing; leave --shard out"),

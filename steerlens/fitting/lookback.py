@@ -11,7 +11,7 @@ import torch
 from steerlens.errors import UnsupportedError
 from steerlens.examples import Example, ExampleError
 from steerlens.measures import lookback
-from steerlens.measures.base import MeasureError, require
+from steerlens.measures.base import MeasureError, describe, require
 from steerlens.measures.responses import forced
 from steerlens.vectors import VectorFile
 
@@ -63,7 +63,7 @@ def lookback_lens(
         features = spans(one, window)
         found.append(features)
         labels += [factual] * len(features)
-    metadata = {"examples": str(len(examples)), "window": str(window or "whole")}
+    metadata = {"model": describe(model)["id"], "examples": str(len(examples)), "window": str(window or "whole")}
     return fit(torch.cat(found), labels, layers, metadata)
 
 

@@ -170,7 +170,13 @@ class EditMethod(Method):
 
 @dataclass(frozen=True)
 class DecodingMethod(Method):
-    """A method that owns extra forwards and caches inside a wrapped `generate`, and scores log-likelihoods itself."""
+    """A method that owns extra forwards and caches inside a wrapped `generate`, and scores log-likelihoods itself.
+
+    Class attributes:
+        scores: a text has a probability under it; where not, `score` refuses.
+    """
+
+    scores: ClassVar[bool] = True
 
     def generate(self, model: Any, inputs: Mapping[str, Any], spans: Spans | None, **kwargs: Any) -> Any:
         """Generate with the method; same return value as the model's own `generate`."""

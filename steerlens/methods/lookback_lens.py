@@ -46,6 +46,7 @@ class LookbackLens(DecodingMethod):
     source: ClassVar[str] = "Chuang et al. 2024, Lookback Lens, arXiv 2407.07071, §4"
     summary: ClassVar[str] = "sample continuations, keep those whose attention goes back to the context"
     needs: ClassVar[tuple[str, ...]] = (GROUP,)
+    scores: ClassVar[bool] = False
     fit: ClassVar[str] = "steerlens.fitting.lookback_lens(model, tokenizer, examples).save(FILE)"
 
     def __post_init__(self) -> None:
