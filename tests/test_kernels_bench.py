@@ -24,10 +24,20 @@ def python(*arguments, **environment):
     )  # fmt: skip
 
 
+SMOKE = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import fast_interpreter
+from steerlens.kernels import bench
+fast_interpreter.install()
+sys.exit(bench.main(["--smoke", "--output", sys.argv[1], "--commit", "abc-dirty"]))
+"""
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "smoke.json"
-    ran = python("-m", BENCH, "--smoke", "--output", path, "--commit", "abc-dirty")
+    ran = python("-c", SMOKE, path, PYTHONPATH=str(ROOT / "tests"))
     return ran, json.loads(path.read_text())
 
 

@@ -59,6 +59,8 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
                 model(ids, attention_mask=mask, logits_to_keep=1)
 
     before = peak(run)
+    if native == "eager":  # holds weights [B, H, T, T] several times over, behind which steering's own would hide
+        before = min(before, batch * heads * T * T * 4)
     spans = {group: rows[-batch:] for group, rows in SPANS.items()}
     with steerlens.steer(model, method, spans, backend=backend) as steered:
         found = peak(run) - before
@@ -96,7 +98,7 @@ def extra(family, method, T, heads, kv_heads, head_dim, padded, layers=2, batch=
     ],
 )
 def test_extra_memory(family, kv_heads, method, padded):
-    found, bound = extra(family, method, 2048, 8, kv_heads, 32, padded)
+    found, bound = extra(family, method, 1024 if family == "gemma2" else 2048, 8, kv_heads, 32, padded)
     assert found <= bound
 
 
@@ -117,7 +119,7 @@ def test_extra_memory_beside_the_kernels(family, method, padded, monkeypatch):
     for module in (attention, column_sums, key_index, prefix_mean):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Idle())
-    found, bound = extra(family, method, 2048, 8, 4, 32, padded, backend="triton")
+    found, bound = extra(family, method, 1024 if family == "gemma2" else 2048, 8, 4, 32, padded, backend="triton")
     assert launched and found <= bound
 
 
