@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 CODE = """
 import dataclasses, json, sys
+from unittest import mock
 import torch
 import steerlens
-from steerlens.kernels import offline
+from steerlens.kernels import _configs, offline
 from steerlens.kernels.attention import Law, attention
 from steerlens.kernels.column_sums import column_sums
 from steerlens.kernels.key_index import Labels
@@ -30,11 +31,16 @@ group = torch.zeros(1, 32, 2048, dtype=torch.int)
 static = lambda: {"labels": Labels.of(terms=[term]), "bias": torch.zeros(1, 32, 1, 1)}
 keep = lambda: {"labels": Labels.of(group=group), "law": Law.keep(beta)}
 cut = lambda: {"cut": torch.ones(1, 32, 1, dtype=torch.int8)}
+def in_their_tiles():
+    with mock.patch.dict(_configs._H100, {"plain": _configs._H100["labels"]}):
+        attention(*tensors(2048))
+
 mask = torch.zeros(1, 1, 1, 1).expand(1, 1, 2048, 2048)
 calls = {
     "masked keep": lambda: attention(*tensors(2048), mask=mask, **keep()),
     "masked columns": lambda: column_sums(*tensors(2048)[:2], torch.zeros(1, 32, 2048), mask=mask),
     "plain": lambda: attention(*tensors(2048)),
+    "plain in their tiles": in_their_tiles,
     "static": lambda: attention(*tensors(2048), **static()),
     "keep": lambda: attention(*tensors(2048), **keep()),
     "decode static": lambda: attention(*tensors(1), **static()),
@@ -84,7 +90,10 @@ def fits(capability, kernels, spilled=0):
 
 
 def test_on_sm_90_every_kernel_uses_the_tensor_cores_and_fits(tmp_path):
-    made = compiled(tmp_path, (90, ("plain", "static", "keep", "decode static", "decode keep", "columns", "cut")))
+    made = compiled(
+        tmp_path,
+        (90, ("plain", "plain in their tiles", "static", "keep", "decode static", "decode keep", "columns", "cut")),
+    )
     for name, kernels in made.items():
         # what does not fit beside two accumulators is kept on the stack between the loops
         fits(90, kernels, spilled=96 if name in ("90 static", "90 keep", "90 cut") else 0)
@@ -94,7 +103,8 @@ def test_on_sm_90_every_kernel_uses_the_tensor_cores_and_fits(tmp_path):
     assert names["90 columns"] == ["column_sums_kernel"]
     assert names["90 cut"][-1] == "prefix_mean_kernel"
     # tiles without labels cost what plain attention costs: the first loop is as long but for the number of the tile
-    plain, static, keep = (made[f"90 {name}"][-1]["loops"][0] for name in ("plain", "static", "keep"))
+    names = ("plain in their tiles", "static", "keep")
+    plain, static, keep = (made[f"90 {name}"][-1]["loops"][0] for name in names)
     for loop in (static, keep):
         assert loop["instructions"] <= 1.02 * plain["instructions"] and loop["matrix"] == plain["matrix"]
         assert loop["spills"] == plain["spills"] == 0
