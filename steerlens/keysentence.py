@@ -22,7 +22,7 @@ ASK = (
 Embed = Callable[[list[str]], Any]
 """Vectors [n, D] of n texts, for example a sentence encoder's `encode`."""
 
-_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*(?=\s)|(?<=[。！？])|\n+")
+_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*(?=\s)|(?<=[。！？])[」』）〕】”’]*|\n+")
 _WORD = re.compile(r"\w+")
 
 

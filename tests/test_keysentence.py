@@ -49,6 +49,7 @@ def saying(monkeypatch, tiny):
         ('He said "no." Then 3.5 left.\n\nA title\nEnd', ['He said "no."', "Then 3.5 left.", "A title", "End"]),
         ("  … ... Wait... what?  ", ["Wait...", "what?"]),
         ("一。二！", ["一。", "二！"]),
+        ("「一。」二！", ["「一。」", "二！"]),
         ("\n ", []),
     ],
 )
