@@ -311,6 +311,9 @@ class TestAuto:
         with steerlens.steer(model, ZeroTuning(3.0)):
             steered = model(ids, attention_mask=mask).logits
         assert steered.requires_grad and not hopper
+        # nor does the engine leave out a mask for their sake
+        query = torch.zeros(1, 1, 1, 8, requires_grad=True)
+        assert not backends.takes_kernels("auto", query) and backends.takes_kernels("auto", query.detach())
         assert apart(steered.detach(), logits(model, ids, mask, ZeroTuning(3.0), backend="reference"), mask) < 1e-5
 
     def test_what_the_kernels_lack_is_computed_without_them(self, hopper, model_of, prompts):
@@ -319,6 +322,16 @@ class TestAuto:
         spans = [[(i % 12 + 8, i % 12 + 9) for i in range(29)]] * 2
         got, expected = one_each("auto", model, ids, mask, PASTA(0.5, sections="published"), spans)
         assert hopper and apart(got, expected, mask) < 1e-5
+
+    def test_a_window_without_its_mask_is_kept_by_what_takes_over(self, hopper, monkeypatch):
+        def refuse(call):
+            raise UnsupportedError("not by kernels")
+
+        monkeypatch.setattr(fused, "attention", refuse)
+        query, key, value = (torch.randn(1, 2, 20, 8) for _ in range(3))
+        bias = Bias(torch.full((1, 2, 1), 2.0), torch.arange(20)[None] == 3)
+        call = Call(query, key, value, None, 0.3, None, 0, None, False, [bias], window=5)
+        assert apart(backends.attention("auto", call), backends.attention("reference", call)) < 1e-6
 
     def test_captures_and_reports_too(self, hopper, model_of, prompts, monkeypatch):
         asked = []
@@ -346,8 +359,8 @@ def test_a_floor_under_a_groups_mass_is_one_pass(law, model_of, prompts, monkeyp
     original = fused._kernels().attention
     monkeypatch.setattr(fused._kernels(), "attention", lambda *a, **k: seen.append(k.get("stats")) or original(*a, **k))
     model, (ids, mask) = model_of("llama-gqa"), prompts("left", LENGTHS)
-    for heads in ("all", {0: [1, 2], 1: [3]}):
-        method = SpotLight(0.4, law=law, heads=heads)
+    everywhere, some, others = (SpotLight(0.4, law=law, heads=h) for h in ("all", {0: [1, 2], 1: [3]}, {0: [5, 2]}))
+    for method in (everywhere, some, PerRow([some, others]), PerRow([None, everywhere])):
         got, expected = one_each("triton", model, ids, mask, method, SPANS["left"])
         assert apart(got, expected, mask) < 1e-5 and set(seen) == {None}
     seen.clear()

@@ -236,22 +236,21 @@ def _marked(
     # Layers of one forward may hold different columns: a sliding cache has only the last of them.
     held = (call.key.shape[2], call.offset)
     key: Hashable = ("labels", pads, held, id(of), *((id(weights), keys.data_ptr()) for weights, keys in terms))
-    # A law made a term is one layer's own: kept, it would stay in memory to the end of the forward.
     alone = (group is not None and of is None) or hidden is not None
+    if keep and not alone and key in call.memo:
+        return call.memo[key][1]  # type: ignore[index, no-any-return]
+    if pads:
+        assert call.real is not None
+        real = call.real.logical_not()[:, None]
+        hidden = real if hidden is None else hidden | real
+    found = _labels(call, terms, group, hidden)
+    # A law made a term is one layer's own: kept, it would stay in memory to the end of the forward.
     biases = [edit for edit in call.edits if isinstance(edit, Bias)]
     lasting = {id(weights) for edit in biases for weights in (edit.weights, _term(call, edit)[0])}
-    shared = keep and not alone and all(id(weights) in lasting for weights, _ in terms)
-    if not shared or key not in call.memo:
-        if pads:
-            assert call.real is not None
-            real = call.real.logical_not()[:, None]
-            hidden = real if hidden is None else hidden | real
-        found = _labels(call, terms, group, hidden)
-        if not shared:
-            return found
+    if keep and not alone and all(id(weights) in lasting for weights, _ in terms):
         # with the tensors, so that what the key is made of names nothing else
         call.memo[key] = ((of, *terms), found)
-    return call.memo[key][1]  # type: ignore[index, no-any-return]
+    return found
 
 
 def _frozen(call: Call, edit: KeepMass) -> dict[str, Any] | None:
